@@ -1,0 +1,76 @@
+# make demo: set up and measure the bundled pipeline.  make test: set up and run every check.
+PYTHON ?= python3
+VENV ?= .venv
+THREADS ?= 2
+MODEL ?= fashion-dit
+OUT ?= runs/quick
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+DATASET := /usr/share/datasets/fashion-mnist
+PINNED := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) OPENBLAS_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false
+OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+
+.PHONY: help demo test check format bench dataset clean distclean
+
+help:
+	@echo "make demo    create $(VENV), sweep the bundled pipeline in 3 minutes, write $(OUT)/report.html"
+	@echo "make test    create $(VENV), run ruff, pyright and pytest"
+	@echo "make check   ruff and pyright only"
+	@echo "make format  let ruff rewrite what it can"
+	@echo "make bench   the full sweep, into runs/full"
+	@echo "make clean   remove build leftovers and tool caches (distclean: $(VENV) too)"
+	@echo "settings     VENV=.venv PYTHON=python3 THREADS=2 OUT=runs/quick PYTEST_ARGS='-k word'"
+
+demo: $(VENV)/.installed
+	$(PINNED) $(BIN)/dita sweep --model $(MODEL) --quick --threads $(THREADS) --out $(OUT)
+
+bench: $(VENV)/.installed-eval dataset
+	$(PINNED) $(BIN)/dita sweep --model $(MODEL) --threads $(THREADS) --out runs/full
+
+test: check dataset
+	$(PINNED) $(OFFLINE) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable .
+	@touch $@
+
+$(VENV)/.installed-eval: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable '.[eval]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable '.[dev,eval,notebooks]'
+	@touch $@
+
+# Only training and a few tests read the images; elsewhere than on Debian dita.eval.data downloads them on first use.
+dataset:
+	@if [ -d $(DATASET) ] || [ -n "$$DITA_FASHION_MNIST" ]; then \
+	  exit 0; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing Debian's dataset-fashion-mnist"; \
+	  apt-get update -qq; \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends dataset-fashion-mnist \
+	    || echo "apt-get could not install dataset-fashion-mnist: it will be downloaded, tests that need it skip"; \
+	else \
+	  echo "no $(DATASET): the data set will be downloaded on first use (see dita.eval.data)"; \
+	fi
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

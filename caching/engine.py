@@ -1,0 +1,235 @@
+"""The engine that runs every caching method: a recipe of what, when and how, carried out at the sites of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from dita.anatomy import Anatomy
+from dita.caching.forecast import Forecast
+from dita.caching.history import History
+from dita.caching.policy import Guards, Policy, Verdict, View, relative_l1
+from dita.errors import DitaError
+from dita.seams import Call, Features, Site
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A caching method on the engine's axes.
+
+    Attributes:
+        what: "module" (outputs of attention and MLP before the gate), "trunk" (all blocks), "span" (blocks
+            `first`..`last`) or "model" (the transformer's output).
+        when: makes the policy of one stream.
+        how: the forecast.
+        keep: "residual" (output minus input) or "output"; spans only.
+        guards: limits on the policy.
+        first, last: the span; a negative last counts from the end, -1 being the last block.
+        text: forecast the text stream too; without it a skipped span hands the text on as it came in.
+        oldest_anchor: steps before this one are computed but not forecast from.
+        follow_first: the step's first branch decides for all; otherwise each branch for itself.
+    """
+
+    what: str
+    when: Callable[[], Policy]
+    how: Forecast = field(default_factory=Forecast)
+    keep: str = "residual"
+    guards: Guards = field(default_factory=Guards)
+    first: int = 0
+    last: int = -1
+    text: bool = True
+    oldest_anchor: int = 0
+    follow_first: bool = False
+
+
+@dataclass
+class Stream:
+    """State of one guidance branch and solver stage within a run."""
+
+    policy: Policy
+    length: int
+    shapes: tuple[tuple[int, ...], ...]
+    histories: dict[tuple[Site, int], History] = field(default_factory=dict)
+    watched: dict[Site, torch.Tensor] = field(default_factory=dict)
+    newest: int | None = None
+    skipped_in_row: int = 0
+    skipped_total: int = 0
+
+    def history(self, site: Site, occurrence: int) -> History:
+        """The ring of a site, made on first use."""
+        return self.histories.setdefault((site, occurrence), History(self.length))
+
+    def bytes_held(self) -> int:
+        """Bytes of all tensors kept."""
+        rings = sum(history.bytes_held() for history in self.histories.values())
+        return rings + sum(t.numel() * t.element_size() for t in self.watched.values()) + self.policy.bytes_held()
+
+
+def plan_sites(recipe: Recipe, anatomy: Anatomy, method: str) -> tuple[tuple[Site, ...], tuple[Site, ...], Site | None]:
+    """Find a recipe's sites in a model.
+
+    Returns:
+        the reused sites, the watched blocks, and the probe span or None.
+
+    Raises:
+        DitaError: the model lacks the seam, or has too few blocks.
+    """
+    if recipe.what == "model":
+        return (Site("model", "model"),), (), None
+    anatomy.require("block", method)
+    count = len(anatomy.blocks)
+    policy = recipe.when()
+    probe = policy.probe_blocks
+    watched = tuple(anatomy.span(n, n) for n in range(count)) if policy.watch_blocks else ()
+    if recipe.what == "module":
+        anatomy.require("module", method)
+        return tuple(part.site for part in anatomy.modules), watched, None
+    first, last = (0, count - 1) if recipe.what == "trunk" else (recipe.first, recipe.last % count)
+    first = max(first, probe)
+    if recipe.what == "span" and recipe.last < -count or first > last:
+        raise DitaError(
+            f"{method} keeps {probe} blocks at the front and {-1 - recipe.last} at the end running, but {anatomy.name} "
+            f"has {count}: nothing is left to reuse; ask for fewer"
+        )
+    return anatomy.spans(first, last), watched, anatomy.span(0, probe - 1) if probe else None
+
+
+class CacheHandler:
+    """Carries out one recipe on one model. See `dita.seams.Handler` for when each method is called."""
+
+    def __init__(self, recipe: Recipe, anatomy: Anatomy, method: str) -> None:
+        self.recipe, self.anatomy = recipe, anatomy
+        self.reused, self.watched, self.probe = plan_sites(recipe, anatomy, method)
+        probe = () if self.probe is None else (self.probe,)
+        self.sites: tuple[Site, ...] = tuple(dict.fromkeys((*probe, *self.reused, *self.watched)))
+        self._reused, self._watched = frozenset(self.reused), frozenset(self.watched)
+        self._residual = recipe.keep == "residual" and recipe.what in ("trunk", "span")
+        self._measures_residual = recipe.when().wants_residual and recipe.what in ("trunk", "span")
+        self._streams: dict[tuple[str, int], Stream] = {}
+        self._leader: tuple[tuple[int, int], Verdict] | None = None
+        self.begin_run()
+
+    def begin_run(self) -> None:
+        """Forget everything."""
+        self._streams.clear()
+        self._leader = None
+        self._begin_call()
+
+    def _begin_call(self) -> None:
+        self._verdict: Verdict | None = None
+        self._view: View | None = None
+        self._changes: list[torch.Tensor] = []
+
+    def begin_call(self, call: Call) -> None:
+        """Clear what belonged to the last call."""
+        self._begin_call()
+
+    def _stream(self, call: Call) -> Stream:
+        key = call.position.stream
+        stream = self._streams.get(key)
+        if stream is None or stream.shapes != call.shapes:
+            # Features of another shape are of no use: what a change of resolution leaves behind is a first step.
+            stream = self._streams[key] = Stream(self.recipe.when(), self.recipe.how.anchors, call.shapes)
+        return stream
+
+    def compute(self, site: Site, call: Call, inputs: Features) -> bool:
+        """Probe and watched sites always run; all reused sites of a call share one decision."""
+        if site not in self._reused:
+            return True
+        if self._verdict is None:
+            self._verdict = self._decide(call)
+            call.value, call.reason = self._verdict.value, self._verdict.reason
+        return self._verdict.compute
+
+    def _make_view(self, call: Call) -> View:
+        if self._view is None:
+            stream = self._stream(call)
+            gap = 0 if stream.newest is None else call.position.step - stream.newest
+            self._view = View(call.position, call.shapes, call.scheduler, gap, stream.skipped_in_row)
+        return self._view
+
+    def _decide(self, call: Call) -> Verdict:
+        stream, view, position = self._stream(call), self._make_view(call), call.position
+        moment = (position.step, position.stage)
+        if stream.newest is None:
+            verdict = Verdict(True, "first step")
+        elif self.recipe.follow_first and self._leader is not None and self._leader[0] == moment:
+            leader = self._leader[1]
+            return Verdict(leader.compute, f"as the first branch: {leader.reason}", leader.value)
+        else:
+            verdict = self.recipe.guards.verdict(view, stream.skipped_total) or stream.policy.decide(view)
+        if self._leader is None or self._leader[0] != moment:
+            self._leader = (moment, verdict)
+        return verdict
+
+    def wants_inputs(self, site: Site) -> bool:
+        """Residuals need the inputs of their span."""
+        return site == self.probe or (site in self._reused and (self._residual or self._measures_residual))
+
+    def computed(self, site: Site, occurrence: int, call: Call, inputs: Features, outputs: Features) -> None:
+        """Keep what the recipe keeps."""
+        stream, view = self._stream(call), self._make_view(call)
+        if site == self.probe:
+            view.probe = _difference(outputs[0], inputs[0])
+        if site in self._watched:
+            self._watch(stream, site, outputs[0])
+        if site not in self._reused:
+            return
+        if self._keeps_ends(site):
+            outputs = (outputs[0], None)
+        if inputs:
+            residual = tuple(_difference(o, i) for o, i in zip(outputs, inputs, strict=True))
+            view.residual = residual[0] if self._measures_residual else None
+            outputs = residual if self._residual else outputs
+        if call.position.local_step >= self.recipe.oldest_anchor:
+            stream.history(site, occurrence).push(call.position.step, outputs)
+
+    def _keeps_ends(self, site: Site) -> bool:
+        """The text stream is left out: by the recipe, or because it ends with the blocks and nothing reads it."""
+        unused = site.ends and not self.anatomy.text_used_after
+        return site.kind == "span" and (unused or not self.recipe.text)
+
+    def _watch(self, stream: Stream, site: Site, output: torch.Tensor | None) -> None:
+        if output is None:
+            return
+        old = stream.watched.get(site)
+        if old is not None and old.shape == output.shape:
+            self._changes.append(relative_l1(output, old))
+            old.copy_(output)
+        else:
+            stream.watched[site] = output.detach().clone()
+
+    def skipped(self, site: Site, occurrence: int, call: Call, inputs: Features) -> Features:
+        """Forecast the site's outputs from its anchors."""
+        history = self._stream(call).history(site, occurrence)
+        weights = self.recipe.how.weights(call.position.step, history.steps)
+        call.action = "reused" if self.recipe.how.order == 0 or len(weights) == 1 else "forecast"
+        forecast = history.combine(weights, inputs if self._residual else ())
+        if self._keeps_ends(site):
+            return (forecast[0], inputs[1])
+        return forecast
+
+    def end_call(self, call: Call) -> None:
+        """Tell the policy how the call went."""
+        if self._verdict is None:
+            return
+        stream, view = self._stream(call), self._make_view(call)
+        if self._changes:
+            view.block_change = torch.stack(self._changes).mean(0)
+        if self._verdict.compute:
+            stream.policy.computed(view)
+            stream.newest, stream.skipped_in_row = call.position.step, 0
+        else:
+            stream.policy.skipped(view)
+            stream.skipped_in_row += 1
+            stream.skipped_total += 1
+
+    def bytes_held(self) -> int:
+        """Bytes kept over all streams."""
+        return sum(stream.bytes_held() for stream in self._streams.values())
+
+
+def _difference(new: torch.Tensor | None, old: torch.Tensor | None) -> torch.Tensor | None:
+    return None if new is None or old is None else new - old

@@ -1,0 +1,142 @@
+"""When to compute: the protocol that every caching paper fills in, and the guards common to all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dita.seams import Position
+
+
+@dataclass
+class View:
+    """What a policy may look at before a step and after it.
+
+    Attributes:
+        position: where the call stands.
+        shapes: shapes of the tensors that the transformer was called with.
+        scheduler: fingerprint of the scheduler, see `dita.fingerprint`.
+        gap: steps since the newest computed one of this stream; 0 before there is one.
+        skipped_in_row: skipped steps since then.
+        probe: after the probe blocks ran, their residual of the image stream [B, N, C]; None without a probe.
+        residual: after a computed step, the residual of the image stream over the reused span.
+        block_change: after a computed step, the mean over blocks of the relative L1 change of each block's output since
+            the last computed step, per sample [B]; None for the first.
+    """
+
+    position: Position
+    shapes: tuple[tuple[int, ...], ...] = ()
+    scheduler: str = ""
+    gap: int = 0
+    skipped_in_row: int = 0
+    probe: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    block_change: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A decision: compute or skip, the reason in words, and the indicator's value if there was one."""
+
+    compute: bool
+    reason: str
+    value: float | None = None
+
+
+class Policy:
+    """Decides for one stream (a guidance branch and solver stage) of one run, from its first step to its last.
+
+    A fresh policy is made when a run starts, so that it needs no reset. It may assume that the first step of a run was
+    computed before it is first asked.
+
+    Class attributes:
+        probe_blocks: blocks at the front that always run; it is asked after them.
+        watch_blocks: wants `View.block_change`.
+        wants_residual: wants `View.residual`.
+    """
+
+    probe_blocks: int = 0
+    watch_blocks: bool = False
+    wants_residual: bool = False
+
+    def decide(self, view: View) -> Verdict:
+        """Say whether this step is computed."""
+        raise NotImplementedError
+
+    def computed(self, view: View) -> None:
+        """The step was computed, on this policy's word or not."""
+
+    def skipped(self, view: View) -> None:
+        """The step was skipped."""
+
+    def bytes_held(self) -> int:
+        """Bytes of tensors kept for indicators."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Guards:
+    """Limits that hold whatever the policy says.
+
+    Attributes:
+        warmup: first steps that are always computed; the very first always is.
+        tail: last steps that are always computed.
+        max_consecutive: skips in a row, -1 for no limit.
+        max_total: skips per run and stream, -1 for no limit.
+    """
+
+    warmup: int = 0
+    tail: int = 0
+    max_consecutive: int = -1
+    max_total: int = -1
+
+    def verdict(self, view: View, skipped: int) -> Verdict | None:
+        """A verdict if a guard forces one."""
+        position = view.position
+        if position.local_step < self.warmup:
+            return Verdict(True, "warm-up")
+        if position.step >= position.steps - self.tail:
+            return Verdict(True, "tail")
+        if 0 <= self.max_consecutive <= view.skipped_in_row:
+            return Verdict(True, "max_consecutive")
+        if 0 <= self.max_total <= skipped:
+            return Verdict(True, "max_total")
+        return None
+
+
+@dataclass
+class FixedInterval(Policy):
+    """Compute the first `warmup` steps, then every `interval`-th.
+
+    With interval 6 and warm-up 3 over 50 steps: 0, 1, 2, 8, 14, ..., 44 (TaylorSeer's published schedule).
+    """
+
+    interval: int
+    warmup: int = 1
+
+    def decide(self, view: View) -> Verdict:
+        """Follow the schedule."""
+        step = view.position.local_step
+        if step < self.warmup:
+            return Verdict(True, "warm-up")
+        due = (step - max(self.warmup - 1, 0)) % self.interval == 0
+        return Verdict(due, f"interval {self.interval}")
+
+
+def relative_l1(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """Mean |new - old| over mean |old|, per sample, in float32.
+
+    Args:
+        new, old: tensors [B, ...] of one shape.
+
+    Returns:
+        float32 [B]; infinite where `old` is all zero and `new` is not.
+
+    Example:
+        >>> relative_l1(torch.tensor([[3.0], [1.0]]), torch.tensor([[2.0], [1.0]]))
+        tensor([0.5000, 0.0000])
+    """
+    difference = (new.float() - old.float()).abs().flatten(1).mean(1)
+    scale = old.float().abs().flatten(1).mean(1)
+    return torch.where(difference == 0, difference, difference / scale)

@@ -1,0 +1,157 @@
+"""The parts of one transformer: blocks in execution order, spans, and the modules inside blocks."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from dita.discovery import block_entry, model_entry
+from dita.errors import DitaError
+from dita.models import PARALLEL_PARTS, PARALLEL_PROJECTION, BlockEntry
+from dita.seams import Features, Site
+
+_MODULE_NAME = re.compile(r"^(attn\d*|attention|self_attn|cross_attn|ff|ffn|mlp|ff_context|.*_attn|.*_mlp)$")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block: where it is, and how to read its inputs and outputs."""
+
+    number: int
+    path: str
+    module: nn.Module
+    entry: BlockEntry
+    parameters: tuple[str, ...]
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Features:
+        """The streams among a call's arguments: (hidden, encoder or None)."""
+        hidden = self._argument(self.entry.hidden, args, kwargs)
+        encoder = self._argument(self.entry.encoder, args, kwargs) if "encoder" in self.entry.returns else None
+        return (hidden, encoder)
+
+    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+        if name in kwargs:
+            return kwargs[name]
+        place = self.parameters.index(name)
+        return args[place] if place < len(args) else None
+
+    def unpack(self, output: Any) -> Features:
+        """The streams of the block's return value."""
+        if len(self.entry.returns) == 1:
+            return (output[0] if isinstance(output, tuple) else output, None)
+        streams = dict(zip(self.entry.returns, output, strict=True))
+        return (streams["hidden"], streams["encoder"])
+
+    def pack(self, streams: Features) -> Any:
+        """A return value made of streams."""
+        hidden, encoder = streams
+        if len(self.entry.returns) == 1:
+            return hidden
+        return tuple(hidden if name == "hidden" else encoder for name in self.entry.returns)
+
+
+@dataclass(frozen=True)
+class ModulePart:
+    """A module inside a block, and the modules that only feed it."""
+
+    site: Site
+    module: nn.Module
+    feeders: tuple[nn.Module, ...] = ()
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What dita found in one transformer.
+
+    Attributes:
+        model: the transformer.
+        family: short name of the declared family, "" for a discovered model.
+        blocks: all blocks in execution order; empty if none were found.
+        segments: maximal spans over which the streams stay the same (one for most models).
+        modules: attention and MLP modules inside the blocks.
+        reasons: seam -> why it is missing.
+        text_used_after: the text stream leaving the last block matters.
+    """
+
+    model: nn.Module
+    family: str
+    blocks: tuple[Block, ...] = ()
+    segments: tuple[Site, ...] = ()
+    modules: tuple[ModulePart, ...] = ()
+    reasons: dict[str, str] = field(default_factory=dict)
+    text_used_after: bool = True
+
+    @property
+    def name(self) -> str:
+        """Class name of the transformer."""
+        return type(self.model).__name__
+
+    def span(self, first: int, last: int) -> Site:
+        """The site of blocks first..last, both included."""
+        if not 0 <= first <= last < len(self.blocks):
+            raise DitaError(f"{self.name} has blocks 0..{len(self.blocks) - 1}; a span {first}..{last} does not fit")
+        return Site("span", f"blocks[{first}:{last + 1}]", first, last, ends=last == len(self.blocks) - 1)
+
+    def spans(self, first: int, last: int) -> tuple[Site, ...]:
+        """Blocks first..last cut where the streams change, so that each piece has one kind of input and output."""
+        pieces = [(max(first, s.first), min(last, s.last)) for s in self.segments]
+        return tuple(self.span(start, end) for start, end in pieces if start <= end)
+
+    def require(self, seam: str, method: str) -> None:
+        """Raise `DitaError` with the reason if the seam is missing."""
+        if seam in self.reasons:
+            raise DitaError(f"{method} needs the {seam} seam, which {self.name} does not offer: {self.reasons[seam]}")
+
+
+def describe(model: nn.Module) -> Anatomy:
+    """Look at a transformer and say what can be hooked.
+
+    Never raises for an unknown model: what is missing stands in `reasons`.
+
+    Example:
+        >>> from torch import nn
+        >>> describe(nn.Linear(2, 2)).reasons["block"]
+        'its forward loops over no list of blocks (module lists it holds: none)'
+    """
+    entry, why = model_entry(model)
+    if entry is None:
+        return Anatomy(model, "", reasons={"block": why, "module": why})
+    blocks: list[Block] = []
+    for list_name in entry.block_lists:
+        for number, module in enumerate(getattr(model, list_name)):
+            shape, why = block_entry(type(module))
+            if shape is None:
+                return Anatomy(model, entry.family, reasons={"block": why, "module": why})
+            parameters = tuple(inspect.signature(type(module).forward).parameters)[1:]
+            blocks.append(Block(len(blocks), f"{list_name}.{number}", module, shape, parameters))
+    modules = tuple(part for block in blocks for part in _modules_of(block))
+    reasons = {} if modules else {"module": "no attention or MLP module was recognised inside its blocks"}
+    bare = Anatomy(model, entry.family, tuple(blocks))
+    segments = tuple(bare.span(first, last) for first, last in _segments(blocks))
+    return Anatomy(model, entry.family, tuple(blocks), segments, modules, reasons, entry.text_used_after)
+
+
+def _segments(blocks: list[Block]) -> list[tuple[int, int]]:
+    cuts = [0]
+    for before, after in zip(blocks, blocks[1:], strict=False):
+        if set(before.entry.returns) != set(after.entry.returns):
+            cuts.append(after.number)
+    return [(start, end - 1) for start, end in zip(cuts, [*cuts[1:], len(blocks)], strict=True)]
+
+
+def _modules_of(block: Block) -> list[ModulePart]:
+    children = dict(block.module.named_children())
+    if PARALLEL_PROJECTION in children and all(name in children for name in PARALLEL_PARTS):
+        site = Site("module", f"{block.path}.{PARALLEL_PROJECTION}", block=block.number, role="parallel")
+        return [ModulePart(site, children[PARALLEL_PROJECTION], tuple(children[name] for name in PARALLEL_PARTS))]
+    parts = []
+    for name, child in children.items():
+        if _MODULE_NAME.match(name) and not isinstance(child, (nn.ModuleList, nn.Identity)):
+            role = "attention" if "attn" in name or name == "attention" else "mlp"
+            parts.append(ModulePart(Site("module", f"{block.path}.{name}", block=block.number, role=role), child))
+    return parts

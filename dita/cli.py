@@ -1,0 +1,181 @@
+"""The command line: `dita demo`, `dita sweep`, `dita methods` and `dita doctor`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from dita import __version__
+from dita.errors import DitaError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dita.doctor import Finding
+
+
+class _Commands(TyperGroup):
+    """Turns a `DitaError` of any command into one message and exit status 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DitaError as error:
+            typer.secho(f"dita: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Make diffusion transformers fast without retraining.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+Model = Annotated[str, typer.Option(help="A bundled pipeline by name, or the folder of a saved one.")]
+Out = Annotated[Path, typer.Option(help="Where results.jsonl, the table, the plot and report.html go.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; timings are compared at a fixed number.")]
+
+
+@app.command()
+def demo(model: Model = "fashion-dit", out: Out = Path("runs/quick"), threads: Threads = None) -> None:
+    """Sweep a bundled pipeline in about three minutes: the same as `dita sweep --quick`."""
+    _sweep(model=model, out=out, quick=True, threads=threads)
+
+
+@app.command()
+def sweep(
+    model: Model = "fashion-dit",
+    out: Out = Path("runs/sweep"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer samples and settings: about three minutes.")] = False,
+    methods: Annotated[
+        list[str] | None, typer.Option("--methods", "-m", help="Only these methods; repeat, or join with commas.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Images per setting.")] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="Solver steps of the uncached run.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the first image; the others count up.")] = None,
+    threads: Threads = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images per call.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0.0, help="Guidance scale.")] = None,
+) -> None:
+    """Measure speed against quality: methods x strengths on one pipeline. Resumes where it stopped."""
+    _sweep(
+        model=model,
+        out=out,
+        quick=quick,
+        methods=_split(methods),
+        samples=samples,
+        steps=steps,
+        seed=seed,
+        threads=threads,
+        batch=batch,
+        guidance=guidance,
+    )
+
+
+@app.command()
+def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
+    """List the methods: what each keeps, when it reuses it, and where it was published."""
+    from dita import methods as registered
+
+    rows = registered()
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        return
+    table = _table("name", "title", "what, when, how", "paper", "calibration")
+    for row in rows:
+        paper = f"arXiv {row.arxiv}" if row.arxiv[0].isdigit() else row.arxiv
+        _add(table, row.name, row.title, row.axes, paper, "one run" if row.needs_calibration else "none")
+    _console().print(table)
+
+
+@app.command()
+def doctor(
+    pipeline: Annotated[str, typer.Argument(metavar="PATH_OR_HUB_ID", help="A pipeline's folder, or its hub id.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Say which seams and methods work on a pipeline, and why not; exit status 1 if no method does."""
+    from dita.doctor import examine
+
+    diagnosis = examine(pipeline)
+    if as_json:
+        typer.echo(json.dumps(diagnosis.to_dict(), indent=2))
+    else:
+        console = _console()
+        console.print(f"{diagnosis.source}: {diagnosis.pipeline}", markup=False, highlight=False)
+        if diagnosis.problem:
+            console.print(diagnosis.problem, markup=False, highlight=False)
+        for finding in diagnosis.findings:
+            _print_finding(console, finding)
+    raise typer.Exit(0 if diagnosis.usable else 1)
+
+
+def _sweep(*, out: Path, **options: Any) -> None:
+    from dita.eval.sweep import run_sweep
+
+    report = Path(run_sweep(out=out, **{name: value for name, value in options.items() if value is not None}))
+    typer.echo(f"wrote {', '.join(sorted(path.name for path in report.parent.iterdir() if path.is_file()))}")
+    typer.echo(f"in {report.parent}; open {report}")
+
+
+def _split(names: list[str] | None) -> list[str] | None:
+    if names is None:
+        return None
+    return [name for chunk in names for name in (part.strip() for part in chunk.split(",")) if name]
+
+
+def _print_finding(console: Any, finding: Finding) -> None:
+    console.print(f"\n{finding.component}: {finding.class_name}", markup=False, highlight=False)
+    if finding.support is None:
+        console.print(finding.problem, markup=False, highlight=False)
+        return
+    for kind, verdicts in (("seam", finding.support.seams), ("method", finding.support.methods)):
+        table = _table(kind, "works", "why")
+        for name, (ok, reason) in verdicts.items():
+            _add(table, name, "yes" if ok else "no", reason, style="" if ok else "dim")
+        console.print(table)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+def _table(*columns: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _add(table: Table, *cells: str, style: str = "") -> None:
+    from rich.text import Text
+
+    table.add_row(*(Text(cell) for cell in cells), style=style)

@@ -1,0 +1,156 @@
+"""The run clock: which step of which run a transformer call belongs to, read off the scheduler.
+
+A run starts when `set_timesteps` is called and advances when `step` returns. Model calls are never counted as steps:
+Heun calls the model twice a step, guidance two or three times, and image-to-image begins in the middle.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dita.fingerprint import fingerprint
+from dita.patch import Patch
+from dita.seams import Position
+
+MAX_BRANCHES = 4
+
+
+class RunClock:
+    """Follows one pipeline's scheduler.
+
+    Args:
+        scheduler_of: returns the pipeline's present scheduler, which a user may replace at any time.
+        on_start: called when a run starts.
+        on_finish: called when the last step of a run returned.
+    """
+
+    def __init__(
+        self, scheduler_of: Callable[[], Any], on_start: Callable[[], None], on_finish: Callable[[], None]
+    ) -> None:
+        self._scheduler_of = scheduler_of
+        self._on_start, self._on_finish = on_start, on_finish
+        self._scheduler: Any = None
+        self._patches: list[Patch] = []
+        self.run = 0
+        self.done = 0
+        self.running = False
+        self.scheduler_fingerprint = ""
+        self._begin: int | None = None
+        self._calls: dict[int, list[str]] = {}
+        self._first_step: dict[int, int] = {}
+
+    def attach(self) -> None:
+        """Hook the present scheduler's `set_timesteps` and `step`, on this instance only."""
+        self._scheduler = self._scheduler_of()
+        for name, around in (("set_timesteps", self._set_timesteps), ("step", self._step)):
+            patch = Patch(self._scheduler, name, around)
+            patch.apply()
+            self._patches.append(patch)
+
+    def detach(self) -> None:
+        """Leave the scheduler as it was found."""
+        while self._patches:
+            self._patches.pop().remove()
+        self._scheduler = None
+        self.running = False
+
+    @property
+    def order(self) -> int:
+        """Model evaluations per solver step."""
+        return max(1, int(getattr(self._scheduler, "order", 1)))
+
+    @property
+    def evaluations(self) -> int:
+        """Entries of the executed timestep list."""
+        return len(self._scheduler.timesteps) - self.begin
+
+    @property
+    def steps(self) -> int:
+        """Solver steps of the run."""
+        return math.ceil(self.evaluations / self.order)
+
+    @property
+    def begin(self) -> int:
+        """First executed entry of the full timestep list."""
+        if self._begin is None:
+            index = getattr(self._scheduler, "begin_index", None)
+            return 0 if index is None else int(index)
+        return self._begin
+
+    def position(self, model: int, branch: str | None) -> Position | None:
+        """Place a call of model number `model`, or return None for a call outside any run.
+
+        A branch that comes twice in one step, or a fifth one, means that something other than this pipeline's loop is
+        calling the model: such calls have no place either.
+        """
+        if self._scheduler_of() is not self._scheduler:
+            self.detach()
+            self.attach()
+            self._start()
+        if not self.running:
+            return None
+        calls = self._calls.setdefault(model, [])
+        name = branch if branch is not None else f"call {len(calls)}"
+        if name in calls or len(calls) >= MAX_BRANCHES:
+            return None
+        calls.append(name)
+        order = self.order
+        step, stage = divmod(self.done, order)
+        first = self._first_step.setdefault(model, step)
+        return Position(
+            step=step,
+            steps=self.steps,
+            stage=stage,
+            branch=name,
+            index=self.begin // order + step,
+            schedule_length=math.ceil(len(self._scheduler.timesteps) / order),
+            local_step=step - first,
+        )
+
+    def _start(self) -> None:
+        timesteps = getattr(self._scheduler, "timesteps", None)
+        self.running = timesteps is not None and len(timesteps) > 0
+        self.scheduler_fingerprint = fingerprint(self._scheduler)
+        self.run += 1
+        self.done = 0
+        self._begin = None
+        self._calls.clear()
+        self._first_step.clear()
+        self._on_start()
+
+    def _set_timesteps(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = original(*args, **kwargs)
+        self._start()
+        return result
+
+    def _step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = original(*args, **kwargs)
+        if not self.running:
+            return result
+        if self.done == 0:
+            self._begin = self._find_begin(args, kwargs)
+        self.done += 1
+        self._calls.clear()
+        if self.done >= self.evaluations:
+            self.running = False
+            self._on_finish()
+        return result
+
+    def _find_begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Tell where the run began from its first step; schedulers without an index are asked by their timestep."""
+        index = getattr(self._scheduler, "step_index", None)
+        if index is not None:
+            return int(index) - 1
+        parameters = list(inspect.signature(type(self._scheduler).step).parameters)[1:]
+        place = parameters.index("timestep") if "timestep" in parameters else len(args)
+        timestep = kwargs.get("timestep", args[place] if place < len(args) else None)
+        if timestep is None:
+            return 0
+        timesteps = torch.as_tensor(self._scheduler.timesteps).flatten()
+        matches = (timesteps == torch.as_tensor(timestep, device=timesteps.device).flatten()[0]).nonzero()
+        return int(matches[0]) if len(matches) else 0

@@ -1,0 +1,160 @@
+"""The base class of all methods: a frozen config that validates itself and round-trips through JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dita.errors import DitaError
+
+if TYPE_CHECKING:
+    from dita.anatomy import Anatomy
+    from dita.seams import Handler, Site
+
+
+@dataclass(frozen=True)
+class Method:
+    """One published method with its settings.
+
+    Subclasses are frozen dataclasses whose fields are the settings, registered with `dita.registry.register`. Class
+    attributes say what the paper is and how the method works:
+
+    Attributes:
+        name: registry name, such as "taylorseer".
+        title: the method's own name.
+        arxiv: identifier of the paper.
+        citation: BibTeX entry.
+        axes: the method in words: what is kept, when it is reused, how it is forecast.
+        confidence: "high", "medium" or "low": how sure we are to reproduce the paper; see the module's docstring.
+        seams: the seams it attaches at.
+        claims: what only one method of a recipe may do, such as "reuse".
+        needs_calibration: the settings hold numbers measured on the user's pipeline.
+        schema: version of the settings in JSON.
+    """
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    arxiv: ClassVar[str] = ""
+    citation: ClassVar[str] = ""
+    axes: ClassVar[str] = ""
+    confidence: ClassVar[str] = "high"
+    seams: ClassVar[frozenset[str]] = frozenset()
+    claims: ClassVar[frozenset[str]] = frozenset()
+    needs_calibration: ClassVar[bool] = False
+    schema: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise `DitaError` unless the settings make sense."""
+
+    def sites(self, anatomy: Anatomy) -> tuple[Site, ...]:
+        """The sites it takes on one model.
+
+        Raises:
+            DitaError: the model lacks what the method needs; the message says what.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define sites()")
+
+    def handler(self, anatomy: Anatomy) -> Handler:
+        """Build the object that does the work on one model.
+
+        Raises:
+            DitaError: the model lacks what the method needs; the message says what.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define handler()")
+
+    @classmethod
+    def disabled(cls) -> Method:
+        """The setting that never skips anything; its output is bit-identical to the plain pipeline."""
+        raise NotImplementedError(f"{cls.__name__} must define disabled()")
+
+    @classmethod
+    def forced(cls) -> Method:
+        """A setting that skips on any model and input, however bad the result: for checking that skipping works."""
+        raise NotImplementedError(f"{cls.__name__} must define forced()")
+
+    @classmethod
+    def ladder(cls) -> tuple[Method, ...]:
+        """Settings from mild to strong, for sweeps."""
+        raise NotImplementedError(f"{cls.__name__} must define ladder()")
+
+    def calibrated(self, pipe: Any, call: Callable[[Any], Any]) -> Method:
+        """The same settings with the numbers measured on `pipe`, which `call(pipe)` runs once.
+
+        Methods that need none return themselves.
+        """
+        return self
+
+    def label(self) -> str:
+        """The settings that differ from the defaults, in one line; "default" if none does."""
+        parts = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default and field.repr:
+                parts.append(f"{field.name}={value:g}" if isinstance(value, float) else f"{field.name}={value}")
+        return " ".join(parts) or "default"
+
+    def replace(self, **changes: Any) -> Method:
+        """A copy with other settings, validated."""
+        return type(self)(**{**settings(self), **_known(type(self), changes)})
+
+    def to_json(self) -> str:
+        """Write name, schema version and settings as JSON.
+
+        Example:
+            >>> from dita.caching import TaylorSeer
+            >>> TaylorSeer(interval=4) == TaylorSeer.from_json(TaylorSeer(interval=4).to_json())
+            True
+        """
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `to_json` writes, as a dictionary of plain values."""
+        values = {name: getattr(value, "to_dict", lambda v=value: v)() for name, value in settings(self).items()}
+        return {"method": self.name, "schema": self.schema, "settings": values}
+
+    @staticmethod
+    def from_json(text: str) -> Method:
+        """Rebuild any registered method from `to_json`'s text.
+
+        Raises:
+            DitaError: not JSON, an unknown method or setting, or written by another schema version.
+        """
+        from dita import registry
+
+        try:
+            data = json.loads(text)
+            name, schema, values = data["method"], data["schema"], data["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DitaError(f"expected JSON with method, schema and settings, got {text[:80]!r} ({error!r})") from None
+        cls = registry.get(name)
+        if schema != cls.schema:
+            raise DitaError(f"{name} settings have schema {schema}; this dita reads {cls.schema}: write them again")
+        return cls(**cls.decode(_known(cls, values)))
+
+    @classmethod
+    def decode(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Turn JSON values into field values; override for fields that are not plain."""
+        kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+        return {
+            name: tuple(value) if isinstance(value, list) and str(kinds[name]).startswith("tuple") else value
+            for name, value in values.items()
+        }
+
+
+def settings(method: Method) -> dict[str, Any]:
+    """The fields of a method as a dictionary."""
+    return {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+
+
+def _known(cls: type[Method], values: dict[str, Any]) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(cls)]
+    unknown = sorted(set(values) - set(names))
+    if unknown:
+        raise DitaError(f"{cls.name} has no setting {', '.join(unknown)}; it has: {', '.join(names)}")
+    return values

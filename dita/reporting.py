@@ -1,0 +1,176 @@
+"""What happened: per run, which steps were computed, reused or forecast, and why."""
+
+from __future__ import annotations
+
+import html
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from dita.errors import DitaWarning
+
+if TYPE_CHECKING:
+    from dita.runtime import Timer
+
+_MARK = {"computed": "#", "reused": ".", "forecast": "~"}
+_COLOUR = {"computed": "#1f77b4", "reused": "#d9d9d9", "forecast": "#ffbf66"}
+KEPT_RUNS = 20
+
+
+@dataclass
+class StepRecord:
+    """One transformer call.
+
+    Attributes:
+        step, stage: solver step from 0, and the model evaluation within it (1 is Heun's second).
+        branch: "all", "cond", "uncond" or the pipeline's own name.
+        action: "computed", "reused" (the last value stands in) or "forecast" (a weighted sum of past values does).
+        value: the indicator behind the decision, None where a fixed schedule decided.
+        reason: the decision in words.
+        model: the pipeline's attribute holding the transformer.
+        seconds: time of the call.
+    """
+
+    step: int
+    stage: int
+    branch: str
+    action: str
+    value: float | None
+    reason: str
+    model: str = "transformer"
+    seconds: float = 0.0
+
+
+@dataclass
+class RunReport:
+    """One run of the pipeline."""
+
+    methods: tuple[str, ...]
+    steps: int = 0
+    records: list[StepRecord] = field(default_factory=list)
+    peak_cache_bytes: int = 0
+    finished: bool = False
+    _timers: list[Timer] = field(default_factory=list, repr=False)
+
+    def add(self, record: StepRecord, timer: Timer, cache_bytes: int) -> None:
+        """Append one call."""
+        self.records.append(record)
+        self._timers.append(timer)
+        self.peak_cache_bytes = max(self.peak_cache_bytes, cache_bytes)
+
+    def settle(self) -> RunReport:
+        """Read the timers and give unnamed branches their names; safe to call at any time, more than once."""
+        for record, timer in zip(self.records, self._timers, strict=True):
+            record.seconds = timer.seconds()
+        unnamed = sorted({r.branch for r in self.records if r.branch.startswith("call ")})
+        names = ["all"] if len(unnamed) == 1 else ["cond", "uncond", "third", "fourth"]
+        renamed = dict(zip(unnamed, names, strict=False))
+        for record in self.records:
+            record.branch = renamed.get(record.branch, record.branch)
+        return self
+
+    @property
+    def reused(self) -> int:
+        """Transformer calls that were reused or forecast."""
+        return sum(record.action != "computed" for record in self.records)
+
+    @property
+    def computed_fraction(self) -> float:
+        """Transformer calls computed, of all; 1.0 when there was none."""
+        return 1 - self.reused / len(self.records) if self.records else 1.0
+
+    @property
+    def computed_steps(self) -> tuple[int, ...]:
+        """Solver steps of which at least one call was computed."""
+        return tuple(sorted({record.step for record in self.records if record.action == "computed"}))
+
+    @property
+    def seconds(self) -> float:
+        """Seconds inside the transformer."""
+        return sum(record.seconds for record in self.records)
+
+    def streams(self) -> dict[tuple[str, str, int], list[StepRecord]]:
+        """Records by (model, branch, stage)."""
+        groups: dict[tuple[str, str, int], list[StepRecord]] = {}
+        for record in self.records:
+            groups.setdefault((record.model, record.branch, record.stage), []).append(record)
+        return groups
+
+    def warn_if_idle(self, disabled: bool) -> None:
+        """Tell the user when acceleration did nothing."""
+        if disabled or self.reused:
+            return
+        why = "no transformer call belonged to the sampling loop"
+        if self.records:
+            reasons: dict[str, int] = {}
+            for record in self.records:
+                reasons[record.reason] = reasons.get(record.reason, 0) + 1
+            why = ", ".join(f"{count} x {reason}" for reason, count in sorted(reasons.items(), key=lambda p: -p[1])[:3])
+        message = f"0 of {self.steps} steps were reused by {', '.join(self.methods)}: {why}"
+        warnings.warn(message, DitaWarning, stacklevel=2)
+
+    def __str__(self) -> str:
+        lines = [self._headline()]
+        for (model, branch, stage), records in self.streams().items():
+            label = branch if model == "transformer" else f"{model} {branch}"
+            label = f"{label} (stage {stage})" if stage else label
+            marks = "".join(_MARK[r.action] for r in records)
+            lines.append(f"  {label:<12} {marks}  {sum(r.action == 'computed' for r in records)} of {len(records)}")
+        return "\n".join(lines)
+
+    def _headline(self) -> str:
+        state = "" if self.finished else ", not finished"
+        times = {
+            kind: [r.seconds for r in self.records if (r.action == "computed") == (kind == "computed")]
+            for kind in ("computed", "skipped")
+        }
+        means = ", ".join(f"{kind} {1000 * sum(v) / len(v):.1f} ms" for kind, v in times.items() if v)
+        return (
+            f"{', '.join(self.methods)}: {self.steps} steps{state}, "
+            f"{self.reused} of {len(self.records)} transformer calls skipped, "
+            f"{self.peak_cache_bytes / 2**20:.2f} MiB kept; mean call: {means or 'none'}"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for (model, branch, stage), records in self.streams().items():
+            cells = "".join(
+                f'<td title="step {r.step}: {html.escape(r.action)}, {html.escape(r.reason)}'
+                f'{"" if r.value is None else f", {r.value:.4g}"}, {1000 * r.seconds:.1f} ms" '
+                f'style="background:{_COLOUR[r.action]};width:10px;height:14px;padding:0;border:1px solid #fff"></td>'
+                for r in records
+            )
+            name = html.escape(f"{model} {branch}" + (f" stage {stage}" if stage else ""))
+            rows.append(f'<tr><th style="text-align:right;font-weight:normal">{name}</th>{cells}</tr>')
+        legend = " ".join(f'<span style="background:{c};padding:0 6px">{a}</span>' for a, c in _COLOUR.items())
+        return f"<div><p>{html.escape(self._headline())}</p><table>{''.join(rows)}</table><p>{legend}</p></div>"
+
+
+@dataclass
+class Report:
+    """The last runs of an accelerated pipeline, newest last, and what is attached.
+
+    Attributes:
+        methods: the methods with their settings, as text.
+        models: per transformer, what was found in it.
+        runs: the last 20 runs.
+    """
+
+    methods: tuple[str, ...]
+    models: tuple[str, ...]
+    runs: list[RunReport]
+
+    @property
+    def last(self) -> RunReport:
+        """The newest run; an empty one if there was none."""
+        return self.runs[-1] if self.runs else RunReport(self.methods)
+
+    def __str__(self) -> str:
+        head = [f"dita: {', '.join(self.methods)}", *(f"  {line}" for line in self.models)]
+        body = [str(self.last)] if self.runs else ["no run yet"]
+        legend = "  # computed   ~ forecast   . reused"
+        return "\n".join([*head, *body, legend])
+
+    def _repr_html_(self) -> str:
+        body = self.last._repr_html_() if self.runs else "<p>no run yet</p>"
+        return f"<b>dita</b> {html.escape('; '.join(self.models))}{body}"

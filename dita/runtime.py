@@ -1,0 +1,274 @@
+"""One transformer under acceleration: its hooks, and the passage of each call through the handlers' sites."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from dita.anatomy import Anatomy, Block, ModulePart
+from dita.clock import RunClock
+from dita.errors import DitaError
+from dita.patch import Patch
+from dita.reporting import RunReport, StepRecord
+from dita.seams import Call, Features, Handler, Site
+
+Original = Callable[..., Any]
+
+
+class Timer:
+    """Seconds of one call: host clock on the CPU, events on a CUDA device, read when the report is."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        if self._cuda:
+            self._events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            self._events[0].record()
+        else:
+            self._start, self._end = time.perf_counter(), 0.0
+
+    def stop(self) -> None:
+        """Mark the end of the call."""
+        if self._cuda:
+            self._events[1].record()
+        else:
+            self._end = time.perf_counter()
+
+    def seconds(self) -> float:
+        """The time between construction and `stop`."""
+        if self._cuda:
+            self._events[1].synchronize()
+            return self._events[0].elapsed_time(self._events[1]) / 1000
+        return self._end - self._start
+
+
+class ModelRuntime:
+    """Hooks one transformer and drives the handlers.
+
+    Args:
+        number: which transformer of the pipeline this is; Wan2.2 has two.
+        name: the pipeline's attribute, such as "transformer_2".
+        anatomy: what was found in it.
+        handlers: the methods at work, in the user's order.
+        clock: the pipeline's run clock.
+        current_report: returns the report of the run under way.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        name: str,
+        anatomy: Anatomy,
+        handlers: Sequence[Handler],
+        clock: RunClock,
+        current_report: Callable[[], RunReport],
+    ) -> None:
+        self.number, self.name, self.anatomy = number, name, anatomy
+        self.handlers, self.clock, self._current_report = tuple(handlers), clock, current_report
+        self._patches: list[Patch] = []
+        self._branch: str | None = None
+        self._run = -1
+        self._call: Call | None = None
+        self._occurrences: dict[Site, int] = {}
+        self._open: dict[Site, Features] = {}
+        self._skipping: tuple[Site, Handler, Features] | None = None
+        self._shapes: dict[Any, Any] = {}
+        spans = [(site, handler) for handler in self.handlers for site in handler.sites if site.kind == "span"]
+        self._starts = {n: [p for p in spans if p[0].first == n] for n in range(len(anatomy.blocks))}
+        self._ends = {n: [p for p in spans if p[0].last == n] for n in range(len(anatomy.blocks))}
+        for pairs in self._starts.values():
+            pairs.sort(key=lambda pair: -pair[0].last)
+        for pairs in self._ends.values():
+            pairs.sort(key=lambda pair: -pair[0].first)
+
+    def attach(self) -> None:
+        """Hook the transformer, the blocks under some span, and the module sites."""
+        model = self.anatomy.model
+        self._patch(model, "forward", self._model)
+        if hasattr(model, "cache_context"):
+            self._patch(model, "cache_context", self._cache_context)
+        sites = {site for handler in self.handlers for site in handler.sites}
+        covered = {n for site in sites if site.kind == "span" for n in range(site.first, site.last + 1)}
+        for block in self.anatomy.blocks:
+            if block.number in covered:
+                self._patch(block.module, "forward", self._around_block(block))
+        for part in self.anatomy.modules:
+            if part.site in sites:
+                self._patch(part.module, "forward", self._around_module(part))
+                for feeder in part.feeders:
+                    self._patch(feeder, "forward", self._around_feeder(part, feeder))
+
+    def detach(self) -> None:
+        """Put every hooked method back, last first."""
+        while self._patches:
+            self._patches.pop().remove()
+        for handler in self.handlers:
+            handler.begin_run()
+
+    def bytes_held(self) -> int:
+        """Bytes of tensors that the handlers keep now."""
+        return sum(handler.bytes_held() for handler in self.handlers)
+
+    def _patch(self, target: Any, name: str, around: Any) -> None:
+        patch = Patch(target, name, around)
+        patch.apply()
+        self._patches.append(patch)
+
+    def _cache_context(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = kwargs.get("name", args[0] if args else None)
+
+        @contextlib.contextmanager
+        def scope() -> Iterator[None]:
+            before, self._branch = self._branch, name
+            try:
+                with original(*args, **kwargs):
+                    yield
+            finally:
+                self._branch = before
+
+        return scope()
+
+    def _model(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        position = None if self._call is not None else self.clock.position(self.number, self._branch)
+        if position is None or torch.is_grad_enabled():
+            return self._plain(original, args, kwargs)
+        if self._run != self.clock.run:
+            self._run = self.clock.run
+            for handler in self.handlers:
+                handler.begin_run()
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+        call = Call(position, tuple(tuple(t.shape) for t in tensors), self.clock.scheduler_fingerprint)
+        timer = Timer(tensors[0].device if tensors else torch.device("cpu"))
+        self._call = call
+        self._occurrences.clear()
+        try:
+            for handler in self.handlers:
+                handler.begin_call(call)
+            result = self._model_site(call, original, args, kwargs)
+            self._check_closed()
+            for handler in self.handlers:
+                handler.end_call(call)
+        finally:
+            self._call, self._skipping = None, None
+            self._open.clear()
+        timer.stop()
+        self._current_report().add(
+            StepRecord(position.step, position.stage, position.branch, call.action, call.value, call.reason, self.name),
+            timer,
+            self.bytes_held(),
+        )
+        return result
+
+    def _plain(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call that belongs to no step of this pipeline: untouched, and remembered nowhere."""
+        call, self._call = self._call, None
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._call = call
+
+    def _model_site(self, call: Call, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        site = next(((s, h) for h in self.handlers for s in h.sites if s.kind == "model"), None)
+        if site is None:
+            return original(*args, **kwargs)
+        return self._around_site(site[0], site[1], call, original, args, kwargs)
+
+    def _check_closed(self) -> None:
+        if self._skipping is not None:
+            name = self._skipping[0].name
+            raise DitaError(
+                f"{self.anatomy.name} never reached the end of {name}, which was to be skipped: the pipeline leaves out "
+                "blocks of its own (skip-layer guidance, for one). Switch that off or restore the pipeline."
+            )
+
+    def _around_block(self, block: Block) -> Any:
+        starts, ends = self._starts[block.number], self._ends[block.number]
+
+        def around(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = self._call
+            if call is None:
+                return original(*args, **kwargs)
+            if self._skipping is None:
+                for site, handler in starts:
+                    inputs = block.read(args, kwargs)
+                    if not handler.compute(site, call, inputs):
+                        self._skipping = (site, handler, inputs)
+                        break
+                    # A block may write into its input; what is kept of it is a copy.
+                    wanted = handler.wants_inputs(site)
+                    self._open[site] = tuple(None if t is None else t.clone() for t in inputs) if wanted else ()
+            if self._skipping is None:
+                result = original(*args, **kwargs)
+                streams = block.unpack(result) if ends else ()
+            else:
+                site, handler, inputs = self._skipping
+                streams = block.read(args, kwargs)
+                if site.last == block.number:
+                    streams = handler.skipped(site, 0, call, inputs)
+                    self._skipping = None
+                result = block.pack(streams)
+            for site, handler in ends:
+                if site in self._open:
+                    handler.computed(site, 0, call, self._open.pop(site), streams)
+            return result
+
+        return around
+
+    def _around_module(self, part: ModulePart) -> Any:
+        handler = next(h for h in self.handlers if part.site in h.sites)
+
+        def around(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = self._call
+            if call is None:
+                return original(*args, **kwargs)
+            return self._around_site(part.site, handler, call, original, args, kwargs)
+
+        return around
+
+    def _around_site(
+        self, site: Site, handler: Handler, call: Call, original: Original, args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        """Run or skip a module or the model; its output is a tensor, a tuple with Nones, or a dataclass with .sample."""
+        occurrence = self._occurrences.get(site, 0)
+        self._occurrences[site] = occurrence + 1
+        if handler.compute(site, call, ()):
+            result = original(*args, **kwargs)
+            features, rebuild = _flatten(result)
+            self._shapes[site, occurrence] = rebuild
+            handler.computed(site, occurrence, call, (), features)
+            return result
+        return self._shapes[site, occurrence](handler.skipped(site, occurrence, call, ()))
+
+    def _around_feeder(self, part: ModulePart, feeder: torch.nn.Module) -> Any:
+        """A module whose output only feeds a skipped one: stand in for it with zeros that take no memory."""
+        handler = next(h for h in self.handlers if part.site in h.sites)
+
+        def around(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = self._call
+            if call is None:
+                return original(*args, **kwargs)
+            stream = call.position.stream
+            if handler.compute(part.site, call, ()):
+                result = original(*args, **kwargs)
+                features, rebuild = _flatten(result)
+                self._shapes[feeder, stream] = (rebuild, [None if t is None else (t.shape, t.dtype, t.device) for t in features])
+                return result
+            rebuild, shapes = self._shapes[feeder, stream]
+            return rebuild(
+                tuple(s and torch.zeros((), dtype=s[1], device=s[2]).expand(s[0]) for s in shapes)  # pyright: ignore
+            )
+
+        return around
+
+
+def _flatten(result: Any) -> tuple[Features, Callable[[Features], Any]]:
+    if isinstance(result, torch.Tensor):
+        return (result,), lambda features: features[0]
+    if isinstance(result, tuple) and all(t is None or isinstance(t, torch.Tensor) for t in result):
+        return result, tuple
+    if hasattr(result, "sample"):
+        return (result.sample,), lambda features: type(result)(sample=features[0])
+    raise DitaError(f"a hooked module returned {type(result).__name__}; expected a tensor, a tuple of them, or .sample")

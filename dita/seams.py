@@ -1,0 +1,119 @@
+"""What a method sees of a model: sites, calls, and the protocol by which it takes part in a forward pass.
+
+Shapes: B samples (twice the images under batched guidance), N tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+Features = tuple[torch.Tensor | None, ...]
+"""What passes through a site: (hidden [B, N, C], text stream or None) of a span; the outputs of a module or model."""
+
+SEAMS: tuple[str, ...] = ("step", "model", "block", "module", "attention")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place of one model where a method may watch or act.
+
+    Attributes:
+        kind: "model" (the whole call), "span" (consecutive blocks) or "module" (an attention or MLP inside a block).
+        name: unique within the model, such as "blocks[0:8]" or "transformer_blocks.3.attn1".
+        first, last: the span's block numbers, both included, counted over all block lists in execution order.
+        block: the block number of a module site.
+        role: what the module is, such as "attention", "mlp" or "parallel".
+        ends: the span reaches the last block, so that only the image stream is used after it.
+    """
+
+    kind: Literal["model", "span", "module"]
+    name: str
+    first: int = -1
+    last: int = -1
+    block: int = -1
+    role: str = ""
+    ends: bool = False
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a transformer call stands in its run.
+
+    Attributes:
+        step: solver step since the run began, from 0; image-to-image runs begin at 0 too.
+        steps: solver steps of this run.
+        stage: model evaluation within the step: 0, or 1 for the second one of Heun and other second-order solvers.
+        branch: which of the step's calls: a guidance branch, or all of them batched.
+        index: the step's number in the full schedule; differs from `step` when a run begins in the middle.
+        schedule_length: solver steps of the full schedule.
+        local_step: solver steps since this model was first called in the run (a second expert starts at 0).
+    """
+
+    step: int
+    steps: int
+    stage: int
+    branch: str
+    index: int
+    schedule_length: int
+    local_step: int
+
+    @property
+    def stream(self) -> tuple[str, int]:
+        """The key under which state is kept: the same branch and stage, step after step."""
+        return (self.branch, self.stage)
+
+
+@dataclass
+class Call:
+    """One call of the transformer, as it happens; handlers leave their verdict in it for the report.
+
+    Attributes:
+        position: where it stands.
+        shapes: shapes of the tensors it was called with.
+        scheduler: fingerprint of the scheduler.
+        action, value, reason: what was done, as in `dita.reporting.StepRecord`.
+    """
+
+    position: Position
+    shapes: tuple[tuple[int, ...], ...] = ()
+    scheduler: str = ""
+    action: str = "computed"
+    value: float | None = None
+    reason: str = ""
+
+
+class Handler(Protocol):
+    """A method at work on one model. The runtime calls it; it never touches modules itself."""
+
+    sites: tuple[Site, ...]
+
+    def begin_run(self) -> None:
+        """Forget everything: a run starts."""
+
+    def begin_call(self, call: Call) -> None:
+        """The transformer is about to be called."""
+
+    def compute(self, site: Site, call: Call, inputs: Features) -> bool:
+        """Say whether the site runs for real this time."""
+        ...
+
+    def wants_inputs(self, site: Site) -> bool:
+        """Say whether `computed` needs the inputs of this span; they are copied only then."""
+        ...
+
+    def computed(self, site: Site, occurrence: int, call: Call, inputs: Features, outputs: Features) -> None:
+        """The site ran: `inputs` are those of a span (empty otherwise)."""
+
+    def skipped(self, site: Site, occurrence: int, call: Call, inputs: Features) -> Features:
+        """The site did not run: return what stands in for its outputs."""
+        ...
+
+    def end_call(self, call: Call) -> None:
+        """The transformer returned."""
+
+    def bytes_held(self) -> int:
+        """Bytes of tensors kept between calls."""
+        ...

@@ -1,0 +1,248 @@
+"""Attaching methods to a pipeline, taking them off, and asking what they did."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch import nn
+
+from dita.anatomy import Anatomy, describe
+from dita.clock import RunClock
+from dita.config import Method
+from dita.defaults import default_methods
+from dita.errors import DitaError
+from dita.registry import resolve
+from dita.reporting import KEPT_RUNS, Report, RunReport
+from dita.runtime import ModelRuntime
+
+P = TypeVar("P")
+_KEY = "_dita_session"
+_OWNER = "_dita_owner"
+
+
+class Session:
+    """All that is attached to one pipeline."""
+
+    def __init__(self, pipe: Any, methods: tuple[Method, ...], anatomies: dict[str, Anatomy]) -> None:
+        self.pipe, self.methods = pipe, methods
+        self.labels = tuple(f"{m.name}({m.label()})" for m in methods)
+        self.clock = RunClock(lambda: pipe.scheduler, self._run_started, self._run_finished)
+        self.runs: list[RunReport] = []
+        self.runtimes = [
+            ModelRuntime(number, name, anatomy, [m.handler(anatomy) for m in methods], self.clock, self._current)
+            for number, (name, anatomy) in enumerate(anatomies.items())
+        ]
+        self._disabled = all(m == type(m).disabled() for m in methods)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        return self  # a copied pipeline is a plain one: its hooks know that they were copied
+
+    def attach(self) -> None:
+        """Hook everything, or nothing if any hook fails."""
+        try:
+            self.clock.attach()
+            for runtime in self.runtimes:
+                runtime.attach()
+                vars(runtime.anatomy.model)[_OWNER] = self
+            vars(self.pipe)[_KEY] = self
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Unhook everything."""
+        vars(self.pipe).pop(_KEY, None)
+        for runtime in reversed(self.runtimes):
+            vars(runtime.anatomy.model).pop(_OWNER, None)
+            runtime.detach()
+        self.clock.detach()
+
+    def _current(self) -> RunReport:
+        if not self.runs:
+            self.runs.append(RunReport(self.labels))
+        return self.runs[-1]
+
+    def _run_started(self) -> None:
+        self.runs.append(RunReport(self.labels))
+        del self.runs[:-KEPT_RUNS]
+
+    def _run_finished(self) -> None:
+        run = self._current()
+        run.steps, run.finished = self.clock.steps, True
+        run.warn_if_idle(self._disabled)
+
+    def report(self) -> Report:
+        """Gather the report; see `dita.report`."""
+        for run in self.runs:
+            run.settle()
+        if self.runs and not self.runs[-1].finished:
+            self.runs[-1].steps = 1 + max((r.step for r in self.runs[-1].records), default=-1)
+        models = tuple(
+            f"{r.name}: {r.anatomy.name}, {len(r.anatomy.blocks)} blocks, {len(r.anatomy.modules)} modules, "
+            f"{len({s for h in r.handlers for s in h.sites})} sites hooked"
+            for r in self.runtimes
+        )
+        return Report(self.labels, models, [run for run in self.runs if run.records])
+
+
+def transformers_of(pipe: Any) -> dict[str, nn.Module]:
+    """The denoising transformers among a pipeline's components, by attribute name.
+
+    Raises:
+        DitaError: not a diffusers pipeline with a scheduler, or its denoiser is not a transformer.
+    """
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, dict) or not hasattr(pipe, "scheduler"):
+        raise DitaError(
+            f"expected a diffusers pipeline with components and a scheduler, got {type(pipe).__name__}; "
+            "load one with DiffusionPipeline.from_pretrained"
+        )
+    found = {n: c for n, c in components.items() if n.startswith("transformer") and isinstance(c, nn.Module)}
+    if not found:
+        held = ", ".join(f"{n} ({type(c).__name__})" for n, c in components.items() if isinstance(c, nn.Module))
+        raise DitaError(
+            f"{type(pipe).__name__} has no component named transformer; it holds {held or 'no models'}. dita accelerates "
+            "pipelines whose denoiser is a diffusion transformer."
+        )
+    return found
+
+
+def accelerate_pipeline(pipe: P, *methods: str | Method | type[Method], **options: Any) -> P:
+    """Make a diffusers pipeline faster; its calls stay as they are.
+
+    Attaches to this pipeline object only, wholly or not at all. A second call replaces what the first attached.
+
+    Args:
+        pipe: a diffusers pipeline whose denoiser is a transformer.
+        methods: names or configs; with none, the default of the model's family (`dita.defaults`).
+        options: settings of the one method given.
+
+    Returns:
+        the same pipe.
+
+    Raises:
+        DitaError: unknown method or setting, methods that exclude each other, or a model without the seam a method
+            needs. The pipeline is then as it was before.
+
+    Example:
+        >>> pipe = accelerate_pipeline(pipe, "taylorseer", interval=4)  # doctest: +SKIP
+    """
+    anatomies = {name: describe(_eager(name, model)) for name, model in transformers_of(pipe).items()}
+    if options and len(methods) != 1:
+        raise DitaError(f"options {sorted(options)} configure a single method, but {len(methods)} were given")
+    configs = tuple(resolve(m, **options) for m in methods) or default_methods(next(iter(anatomies.values())))
+    _check_claims(configs)
+    old = _find(pipe)
+    for name, anatomy in anatomies.items():
+        owner: Session | None = vars(anatomy.model).get(_OWNER)
+        own = owner is not None and any(r.anatomy.model is anatomy.model for r in owner.runtimes)
+        if owner is not None and own and owner is not old:
+            raise DitaError(
+                f"the {name} of this {type(pipe).__name__} is shared with a {type(owner.pipe).__name__} that is already "
+                "accelerated; restore that one first (a pipe made by from_pipe shares the acceleration as it is)"
+            )
+    session = Session(pipe, configs, anatomies)
+    if old is not None:
+        old.detach()
+    try:
+        session.attach()
+    except BaseException:
+        if old is not None:
+            old.attach()
+        raise
+    return pipe
+
+
+def _eager(name: str, model: nn.Module) -> nn.Module:
+    if hasattr(model, "_orig_mod"):
+        raise DitaError(
+            f"{name} was compiled as a whole with torch.compile, which hides its blocks; accelerate the pipeline first "
+            "and compile the blocks (compile_repeated_blocks)"
+        )
+    return model
+
+
+def _check_claims(methods: tuple[Method, ...]) -> None:
+    owners: dict[str, Method] = {}
+    for method in methods:
+        for claim in method.claims:
+            if claim in owners:
+                raise DitaError(
+                    f"{owners[claim].name} and {method.name} exclude each other: both decide about {claim}; choose one"
+                )
+            owners[claim] = method
+
+
+def restore_pipeline(pipe: P) -> P:
+    """Take all methods off; the pipeline is bit for bit what it was. Does nothing to a plain pipeline.
+
+    Example:
+        >>> pipe = restore_pipeline(pipe)  # doctest: +SKIP
+    """
+    session = _find(pipe)
+    if session is not None:
+        session.detach()
+    return pipe
+
+
+@contextlib.contextmanager
+def accelerated(pipe: P, *methods: str | Method | type[Method], **options: Any) -> Iterator[P]:
+    """Accelerate within a `with` block, then put back what was attached before, if anything.
+
+    Arguments and errors are those of `accelerate_pipeline`.
+
+    Example:
+        >>> with accelerated(pipe, "fbcache", threshold=0.1):  # doctest: +SKIP
+        ...     pipe("a prompt")
+    """
+    old = _find(pipe)
+    accelerate_pipeline(pipe, *methods, **options)
+    try:
+        yield pipe
+    finally:
+        restore_pipeline(pipe)
+        if old is not None:
+            old.attach()
+
+
+def report(pipe: Any) -> Report:
+    """What ran, what was skipped, and why, over the last runs.
+
+    Raises:
+        DitaError: the pipeline is not accelerated.
+
+    Example:
+        >>> print(report(pipe))  # doctest: +SKIP
+    """
+    return session_of(pipe).report()
+
+
+def _find(pipe: Any) -> Session | None:
+    session = vars(pipe).get(_KEY) if hasattr(pipe, "__dict__") else None
+    return session if session is not None and session.pipe is pipe else None
+
+
+def session_of(pipe: Any) -> Session:
+    """The session attached to a pipeline.
+
+    Raises:
+        DitaError: there is none.
+    """
+    session = _find(pipe)
+    if session is None:
+        raise DitaError(f"this {type(pipe).__name__} is not accelerated; call dita.accelerate_pipeline first")
+    return session
+
+
+def cite(pipe: Any) -> str:
+    """BibTeX entries of the methods attached to a pipeline.
+
+    Raises:
+        DitaError: the pipeline is not accelerated.
+
+    Example:
+        >>> print(cite(pipe))  # doctest: +SKIP
+    """
+    return "\n\n".join(dict.fromkeys(m.citation for m in session_of(pipe).methods))

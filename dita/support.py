@@ -1,0 +1,81 @@
+"""What can be attached to a model, and why not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dita import registry
+from dita.anatomy import Anatomy, describe
+from dita.config import Method
+from dita.errors import DitaError
+from dita.session import transformers_of
+
+
+@dataclass(frozen=True)
+class SupportReport:
+    """Seams and methods of one model; each maps to (supported, what was found or why not).
+
+    Truthy when every method that was asked about is supported.
+    """
+
+    model: str
+    seams: dict[str, tuple[bool, str]]
+    methods: dict[str, tuple[bool, str]]
+
+    def __bool__(self) -> bool:
+        return bool(self.methods) and all(ok for ok, _ in self.methods.values())
+
+    def __str__(self) -> str:
+        lines = [self.model]
+        for title, table in (("seams", self.seams), ("methods", self.methods)):
+            lines.append(f"  {title}")
+            lines += [f"    {'yes' if ok else 'no ':<4}{name:<14}{text}" for name, (ok, text) in table.items()]
+        return "\n".join(lines)
+
+
+def supports(pipe_or_model: Any, method: str | Method | None = None) -> SupportReport:
+    """Say what a pipeline or a bare transformer supports; nothing is attached, no weight is read.
+
+    Args:
+        pipe_or_model: a diffusers pipeline, or the transformer itself (the meta device will do).
+        method: one method to ask about; all registered ones by default.
+
+    Raises:
+        DitaError: unknown method, or an object that is neither.
+
+    Example:
+        >>> from diffusers import DiTTransformer2DModel
+        >>> model = DiTTransformer2DModel(num_layers=2, num_attention_heads=1, attention_head_dim=8)
+        >>> supports(model, "taylorseer").methods["taylorseer"][0]
+        True
+    """
+    if isinstance(pipe_or_model, nn.Module):
+        anatomies = [describe(pipe_or_model)]
+    else:
+        anatomies = [describe(model) for model in transformers_of(pipe_or_model).values()]
+    wanted = [registry.resolve(method)] if method is not None else [registry.get(n)() for n in registry.names()]
+    answers = {m.name: _answer(m, anatomies) for m in wanted}
+    return SupportReport(", ".join(a.name for a in anatomies), _seams(anatomies[0]), answers)
+
+
+def _seams(anatomy: Anatomy) -> dict[str, tuple[bool, str]]:
+    block = f"{len(anatomy.blocks)} blocks in {len(anatomy.segments)} span(s)"
+    module = f"{len(anatomy.modules)} attention and MLP modules"
+    return {
+        "step": (True, "the pipeline's scheduler"),
+        "model": (True, "the transformer's call"),
+        "block": ("block" not in anatomy.reasons, anatomy.reasons.get("block", block)),
+        "module": ("module" not in anatomy.reasons, anatomy.reasons.get("module", module)),
+    }
+
+
+def _answer(method: Method, anatomies: list[Anatomy]) -> tuple[bool, str]:
+    try:
+        sites = sum(len(method.sites(anatomy)) for anatomy in anatomies)
+    except DitaError as error:
+        return False, str(error)
+    note = "; needs one calibration run" if method.needs_calibration else ""
+    return True, f"{sites} sites{note}"

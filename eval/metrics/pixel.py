@@ -1,0 +1,122 @@
+"""Distances between two images pixel by pixel: PSNR and SSIM."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+
+from dita.errors import DitaError
+
+
+def check_images(images: torch.Tensor, name: str = "images") -> torch.Tensor:
+    """Return `images` as float32 if they are [N, C, H, W] floats in [0, 1], else raise a DitaError."""
+    if images.ndim != 4 or not images.is_floating_point():
+        raise DitaError(f"{name} is {images.dtype} {tuple(images.shape)}; expected a float tensor [N, C, H, W]")
+    images = images.float()
+    if images.numel() == 0:
+        raise DitaError(f"{name} is empty, {tuple(images.shape)}")
+    low, high = images.min().item(), images.max().item()
+    if not (low >= -1e-4 and high <= 1 + 1e-4):  # also refuses NaN
+        raise DitaError(f"{name} ranges over [{low:.4g}, {high:.4g}]; expected [0, 1]; divide or rescale it first")
+    return images
+
+
+def check_pair(images: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both as float32 if each passes `check_images` and their shapes agree, else raise a DitaError."""
+    if images.shape != reference.shape:
+        raise DitaError(
+            f"images have shape {tuple(images.shape)}, their reference {tuple(reference.shape)}; they are compared "
+            "one by one and must agree"
+        )
+    return check_images(images), check_images(reference, "reference")
+
+
+def psnr(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio of each image, in dB: -10 log10 of its mean squared error, for a peak of 1.
+
+    Args:
+        images: float [N, C, H, W] in [0, 1].
+        reference: the same shape.
+
+    Returns:
+        float64 [N]; inf where an image equals its reference. `summarize_psnr` averages them.
+
+    Raises:
+        DitaError: shapes differ, or values leave [0, 1].
+
+    Example:
+        >>> psnr(torch.full((1, 1, 8, 8), 0.6), torch.full((1, 1, 8, 8), 0.5)).round(decimals=3)
+        tensor([20.], dtype=torch.float64)
+    """
+    images, reference = check_pair(images, reference)
+    error = (images.double() - reference.double()).square().flatten(1).mean(1)
+    return -10 * error.log10()
+
+
+class PsnrSummary(NamedTuple):
+    """PSNR of a set of images, in dB.
+
+    Attributes:
+        mean: average over the images that differ from their reference; inf only if none differs. Leaving out the
+            identical ones, whose PSNR is infinite, can only lower it.
+        pooled: PSNR of the mean squared error over all images, identical ones included; never above the average.
+        worst: the lowest of any image.
+        identical: how many images equal their reference bit for bit.
+    """
+
+    mean: float
+    pooled: float
+    worst: float
+    identical: int
+
+
+def summarize_psnr(values: torch.Tensor) -> PsnrSummary:
+    """Average what `psnr` returned.
+
+    Args:
+        values: float [N] in dB, inf allowed.
+
+    Returns:
+        Mean, pooled and worst value and the number of identical images; see `PsnrSummary` for how they are defined.
+
+    Raises:
+        DitaError: there are no values, or one of them is NaN.
+
+    Example:
+        >>> summarize_psnr(torch.tensor([20.0, 40.0, float("inf")])).mean
+        30.0
+    """
+    if values.numel() == 0 or values.isnan().any():
+        raise DitaError(f"PSNR values are {values.tolist()}; expected at least one and no NaN")
+    differing = values[values.isfinite()].double()
+    identical = values.numel() - differing.numel()
+    mean = differing.mean().item() if differing.numel() else float("inf")
+    pooled = -10 * torch.pow(10.0, -values.double() / 10).mean().log10().item()
+    return PsnrSummary(mean, pooled, values.min().item(), identical)
+
+
+def ssim(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Structural similarity of each image (Wang et al. 2004), Gaussian window of sigma 1.5 over 11x11 pixels.
+
+    Args:
+        images: float [N, C, H, W] in [0, 1], H and W at least 11.
+        reference: the same shape.
+
+    Returns:
+        float32 [N], 1 for identical images.
+
+    Raises:
+        DitaError: shapes differ, values leave [0, 1], or the images are smaller than the window.
+
+    Example:
+        >>> ssim(torch.rand(2, 1, 16, 16), torch.rand(2, 1, 16, 16)).shape
+        torch.Size([2])
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    images, reference = check_pair(images, reference)
+    if min(images.shape[-2:]) < 11:
+        raise DitaError(f"images are {images.shape[-2]}x{images.shape[-1]}; SSIM's window needs at least 11x11")
+    values = structural_similarity_index_measure(images, reference, data_range=1.0, reduction="none")
+    return cast(torch.Tensor, values).reshape(-1)

@@ -1,0 +1,139 @@
+"""What a sweep compares: the plain run, the plain sampler with fewer steps, and every method along its ladder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dita.errors import DitaError
+from dita.eval.sampling import Sampling
+
+if TYPE_CHECKING:
+    from dita.config import Method
+
+FEWER_STEPS = "fewer steps"
+PLAIN = "plain"
+_FEWER_STEPS_LADDER = (0.8, 0.5, 0.4, 0.3, 0.24, 0.2, 0.16)  # of the plain run's steps
+_ROOMS = ("caching", "kernels", "schedulers", "eval/metrics")
+_EVAL_FILES = ("classifier.py", "data.py", "flops.py", "sampling.py", "timing.py")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row to be.
+
+    Attributes:
+        method: registry name, "fewer steps" or "plain".
+        label: the setting in words.
+        steps: solver steps of the pipeline's call.
+        config: the method with its settings; None for the other two.
+    """
+
+    method: str
+    label: str
+    steps: int
+    config: Method | None = None
+
+    def key(self, context: dict[str, Any]) -> str:
+        """Digest of this setting and everything else its numbers depend on, 16 hex digits."""
+        own = {"method": self.method, "steps": self.steps, "config": self.config.to_dict() if self.config else None}
+        return digest({**context, **own})
+
+
+def digest(value: Any) -> str:
+    """Digest of a JSON value, 16 hex digits.
+
+    Example:
+        >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+        True
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def plan(steps: int, methods: Sequence[str] | None = None, quick: bool = False) -> list[Setting]:
+    """List the settings of a sweep: plain first, then fewer steps, then the methods in the registry's order.
+
+    Args:
+        steps: solver steps of the plain run.
+        methods: registry names, or "fewer steps"; all if None.
+        quick: two settings for each method and for fewer steps, at a fifth and a half of its ladder.
+
+    Returns:
+        The settings, without repetitions.
+
+    Raises:
+        DitaError: a method is unknown.
+
+    Example:
+        >>> [setting.label for setting in plan(50, ["fewer steps"], quick=True)]
+        ['50 steps', '25 steps', '15 steps']
+    """
+    from dita import registry
+
+    known = (FEWER_STEPS, *registry.names())
+    wanted = list(dict.fromkeys(known if methods is None else methods))
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise DitaError(f"unknown methods {', '.join(unknown)}; known are {', '.join(known)}")
+    settings = [Setting(PLAIN, f"{steps} steps", steps)]
+    for name in wanted:
+        if name == FEWER_STEPS:
+            counts = dict.fromkeys(max(1, round(steps * part)) for part in _FEWER_STEPS_LADDER)
+            ladder = [Setting(name, f"{count} steps", count) for count in counts if count < steps]
+        else:
+            ladder = [Setting(name, config.label(), steps, config) for config in registry.get(name).ladder()]
+        settings += thin(ladder) if quick else ladder
+    return settings
+
+
+def thin(ladder: Sequence[Any]) -> list[Any]:
+    """Keep two settings of a ladder, at a fifth and a half of its length; all of it if it has no more than two.
+
+    Example:
+        >>> thin("abcdefg")
+        ['b', 'd']
+    """
+    last = len(ladder) - 1
+    return list(ladder) if last < 2 else [ladder[round(last / 5)], ladder[max(1, round(last / 2))]]
+
+
+def source_digest() -> str:
+    """Digest of the code that decides what a run computes and how it is judged; plots and reports may change freely."""
+    import dita
+
+    root = Path(dita.__file__).resolve().parent
+    paths = [*root.glob("*.py"), *(root / "eval" / name for name in _EVAL_FILES)]
+    for room in _ROOMS:
+        paths += (root / room).rglob("*.py")
+    content = hashlib.sha256()
+    for path in sorted(paths):
+        content.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return content.hexdigest()[:16]
+
+
+def context(sampling: Sampling, weights: str, judge: str, threads: int, device: str) -> dict[str, Any]:
+    """Everything besides the setting itself that a row's numbers depend on, as JSON values.
+
+    Args:
+        sampling: what is drawn.
+        weights: the pipeline's fingerprint.
+        judge: the classifier's fingerprint.
+        threads: CPU threads.
+        device: name of the machine's processor.
+    """
+    return {
+        **{name: value for name, value in asdict(sampling).items() if name != "steps"},
+        "plain_steps": sampling.steps,
+        "weights": weights,
+        "judge": judge,
+        "threads": threads,
+        "device": device,
+        "source": source_digest(),
+        "torch": torch.__version__,
+    }
