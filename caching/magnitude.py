@@ -26,7 +26,8 @@ class MagnitudeTable:
     """Ratios gamma_i = mean over tokens of |R_i| / |R_{i-1}|, L2 norm over channels, per stream.
 
     Attributes:
-        ratios: stream ("branch/stage") -> one ratio per solver step of the full schedule; the first is 1.
+        ratios: stream ("branch/stage") -> one ratio per solver step of the full schedule; the first is 1, and steps
+            that the calibration run left out are 0.
         model: fingerprint of the transformer; "" fits any (published tables).
         scheduler: fingerprint of the scheduler; "" fits any.
         shape: shape of the transformer's first input without the batch; () fits any.
@@ -142,7 +143,9 @@ class _Recorder(Policy):
         norms = view.residual.float().norm(dim=-1)
         ratio = 1.0 if self._norms is None else (norms / self._norms.clamp_min(1e-12)).mean().item()
         self._norms = norms
-        self.sink.ratios.setdefault(stream_key(view.position), []).append(ratio)
+        # A step that the run leaves out (image-to-image) gets 0, the ratio that no threshold below 1 skips on.
+        unseen = [0.0] * view.position.schedule_length
+        self.sink.ratios.setdefault(stream_key(view.position), unseen)[view.position.index] = ratio
         self.sink.scheduler = view.scheduler
         self.sink.shape = tuple(view.shapes[0][1:]) if view.shapes else ()
 
@@ -169,7 +172,7 @@ def measure(pipe: Any, call: Callable[[Any], Any]) -> MagnitudeTable:
     """Run `call(pipe)` once, in full, and return the ratios of its first transformer.
 
     Raises:
-        DitaError: the call ran no sampling loop, or not from its beginning (image-to-image: use full strength).
+        DitaError: the call ran no sampling loop.
     """
     from dita.session import accelerated, transformers_of
 

@@ -40,9 +40,7 @@ MODELS: dict[str, ModelEntry] = {
     "QwenImageTransformer2DModel": ModelEntry("qwen-image", ("transformer_blocks",)),
     "WanTransformer3DModel": ModelEntry("wan", ("blocks",)),
     "CogVideoXTransformer3DModel": ModelEntry("cogvideox", ("transformer_blocks",)),
-    "HunyuanVideoTransformer3DModel": ModelEntry(
-        "hunyuan-video", ("transformer_blocks", "single_transformer_blocks")
-    ),
+    "HunyuanVideoTransformer3DModel": ModelEntry("hunyuan-video", ("transformer_blocks", "single_transformer_blocks")),
     "LTXVideoTransformer3DModel": ModelEntry("ltx-video", ("transformer_blocks",)),
     "MochiTransformer3DModel": ModelEntry("mochi", ("transformer_blocks",)),
 }

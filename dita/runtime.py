@@ -254,7 +254,10 @@ class ModelRuntime:
             if handler.compute(part.site, call, ()):
                 result = original(*args, **kwargs)
                 features, rebuild = _flatten(result)
-                self._shapes[feeder, stream] = (rebuild, [None if t is None else (t.shape, t.dtype, t.device) for t in features])
+                self._shapes[feeder, stream] = (
+                    rebuild,
+                    [None if t is None else (t.shape, t.dtype, t.device) for t in features],
+                )
                 return result
             rebuild, shapes = self._shapes[feeder, stream]
             return rebuild(

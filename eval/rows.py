@@ -106,7 +106,7 @@ class Column(NamedTuple):
 def _number(name: str, form: str, factor: float = 1.0) -> Callable[[Mapping[str, Any]], str]:
     def text(row: Mapping[str, Any]) -> str:
         value = row.get(name)
-        return "" if value is None else format(value * factor, form)
+        return "" if value is None else format(value if factor == 1 else value * factor, form)
 
     return text
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -135,10 +138,22 @@ def assemble(
     return pipe
 
 
+@contextmanager
+def quiet(message: str | None) -> Iterator[None]:
+    """Ignore warnings that start with ``message``; None leaves the (process-wide) filters alone."""
+    if message is None:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=re.escape(message))
+        yield
+
+
 def caller(
     inputs: Callable[[range, Dims], dict[str, Any]],
     sizes: dict[str, Dims],
     result: str = "images",
+    upstream_warning: str | None = None,
     **defaults: Any,
 ) -> Callable[..., torch.Tensor]:
     """Make the ``call`` of a `TinyPipeline`.
@@ -147,6 +162,7 @@ def caller(
         inputs: maps the row indices and the size arguments to the conditioning arguments of the pipeline.
         sizes: for "small" and "large", the size arguments of the pipeline.
         result: field of the pipeline's output that holds the tensor.
+        upstream_warning: start of a warning that torch, numpy or diffusers gives in every run, to be ignored.
         **defaults: further arguments of the pipeline.
     """
 
@@ -157,6 +173,7 @@ def caller(
         arguments = {"output_type": "latent", "num_inference_steps": steps, **defaults, **sizes[size]}
         arguments["generator"] = [torch.Generator().manual_seed(1_000 * seed + row) for row in rows]
         arguments |= inputs(rows, sizes[size]) | extra
-        return getattr(pipe(**arguments), result).float()
+        with quiet(upstream_warning):
+            return getattr(pipe(**arguments), result).float()
 
     return call

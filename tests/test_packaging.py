@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -176,6 +177,26 @@ def test_rooms_are_imported_under_dita() -> None:
     assert len(files) > len(module_files())
     offenders = {str(file.relative_to(ROOT)): found for file in files if (found := imported_by(file) & set(ROOMS))}
     assert not offenders
+
+
+def test_every_third_party_import_is_declared() -> None:
+    project = load_file(ROOT / "pyproject.toml")["project"]
+    extra = [line for lines in project["optional-dependencies"].values() for line in lines]
+    name = re.compile(r"[A-Za-z0-9_.-]+")
+    declared, optional = (
+        {match[0].lower().replace("_", "-") for line in lines if (match := name.match(line))}
+        for lines in (project["dependencies"], extra)
+    )
+    distributions = packages_distributions()
+    imported = set().union(*(imported_by(ROOT / file) for file in module_files()))
+    needed = {
+        distribution.lower().replace("_", "-")
+        for module in imported - set(sys.stdlib_module_names) - {"dita"}
+        for distribution in distributions.get(module, [module])
+    }
+    assert needed <= declared | optional
+    # In the core although no module of ours imports it: the text encoders of most pipelines are its.
+    assert declared - needed == {"transformers"}
 
 
 # The names that transformers and diffusers take from an accepted release of Hugging Face's package.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 
 from dita.errors import DitaError
+
+_WINDOW = 11  # pixels that a Gaussian of sigma 1.5 covers when it is cut at 3.5 sigma
 
 
 def check_images(images: torch.Tensor, name: str = "images") -> torch.Tensor:
@@ -99,6 +101,9 @@ def summarize_psnr(values: torch.Tensor) -> PsnrSummary:
 def ssim(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Structural similarity of each image (Wang et al. 2004), Gaussian window of sigma 1.5 over 11x11 pixels.
 
+    The mean is over the windows that lie wholly inside the image, as in the paper and in scikit-image. torchmetrics,
+    which computes the map, also averages over windows that see a mirrored border.
+
     Args:
         images: float [N, C, H, W] in [0, 1], H and W at least 11.
         reference: the same shape.
@@ -116,7 +121,12 @@ def ssim(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     images, reference = check_pair(images, reference)
-    if min(images.shape[-2:]) < 11:
+    if min(images.shape[-2:]) < _WINDOW:
         raise DitaError(f"images are {images.shape[-2]}x{images.shape[-1]}; SSIM's window needs at least 11x11")
-    values = structural_similarity_index_measure(images, reference, data_range=1.0, reduction="none")
-    return cast(torch.Tensor, values).reshape(-1)
+    similarity = structural_similarity_index_measure(
+        images, reference, sigma=1.5, data_range=1.0, reduction="none", return_full_image=True
+    )
+    border = _WINDOW // 2
+    height, width = images.shape[-2:]
+    inside = similarity[1][..., border : height - border, border : width - border]
+    return inside.flatten(1).mean(1)

@@ -44,7 +44,7 @@ def frechet_inception_distance(
     Example:
         >>> frechet_inception_distance(torch.rand(50, 1, 32, 32), torch.rand(50, 1, 32, 32))  # doctest: +SKIP
     """
-    images, real = _three_channels(check_images(images)), _three_channels(check_images(real, "real"))
+    images, real = check_images(images), check_images(real, "real")
     path = find_weights(INCEPTION, weights, download)
     load_weights(path)  # the extractor unpickles without restraint, so refuse here what is not plain tensors
     return _inception_distance(images, real, path, 2048, batch)
@@ -53,6 +53,7 @@ def frechet_inception_distance(
 def _inception_distance(images: torch.Tensor, real: torch.Tensor, path: Path, features: int, batch: int) -> float:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
+    images, real = _three_channels(images), _three_channels(real)
     metric = FrechetInceptionDistance(features, normalize=True, feature_extractor_weights_path=str(path))
     metric = metric.to(images.device)
     for part in real.split(batch):

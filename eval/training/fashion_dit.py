@@ -200,8 +200,13 @@ def train(args: argparse.Namespace) -> None:
     run.save()
     (out / "training.json").write_text(
         json.dumps(
-            {**vars(args), "minutes_trained": round(run.elapsed / 60, 1), "steps": run.step,
-             "images": run.images_seen, "torch": torch.__version__},
+            {
+                **vars(args),
+                "minutes_trained": round(run.elapsed / 60, 1),
+                "steps": run.step,
+                "images": run.images_seen,
+                "torch": torch.__version__,
+            },
             indent=2,
         )  # fmt: skip
     )

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dita.caching import TaylorSeer
+from dita.errors import DitaError
+from dita.eval import bench as bench_module
+from dita.eval import run_sweep
+from dita.eval.bench import Bench
+from dita.eval.evaluate import evaluate_pipeline
+from dita.eval.rows import read_rows
+from dita.eval.sampling import Sampling, check_pipeline, draw
+from dita.eval.settings import FEWER_STEPS, PLAIN, Setting
+from dita.eval.sweep import Sweep
+
+SAMPLING = Sampling(samples=8, batch=2, steps=6, guidance=3.0, seed=0)
+SETTINGS = [
+    Setting(PLAIN, "6 steps", 6),
+    Setting(FEWER_STEPS, "3 steps", 3),
+    Setting("taylorseer", "interval=1", 6, TaylorSeer(interval=1)),
+    Setting("taylorseer", "interval=3", 6, TaylorSeer(interval=3)),
+]
+
+
+def broken(needs_calibration: bool = False) -> Setting:
+    config = SimpleNamespace(needs_calibration=needs_calibration, to_dict=lambda: {"method": "broken"})
+    return Setting("broken", "always", 6, config)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture
+def make(tiny, judge, tmp_path):
+    def build(**changes) -> Sweep:
+        return Sweep(tmp_path, Bench(tiny, SAMPLING), judge, {"samples": 8, "device": "cpu", **changes})
+
+    return build
+
+
+def by_label(sweep: Sweep) -> dict[str, dict]:
+    return {row["label"]: row for row in read_rows(sweep.results)}
+
+
+def test_rows_say_what_was_measured(make):
+    sweep = make()
+    sweep.run(SETTINGS)
+    rows = by_label(sweep)
+    assert list(rows) == [setting.label for setting in SETTINGS]
+    assert not any("error" in row for row in rows.values())
+    plain, fewer, idle, taylor = rows.values()
+    assert plain["speedup"] == 1
+    assert plain["flops_ratio"] == 1
+    assert plain["computed_fraction"] == 1
+    assert "psnr" not in plain
+    assert fewer["computed_fraction"] == 0.5
+    assert 0.5 < fewer["flops_ratio"] < 0.8, "decoding costs the same"
+    assert math.isfinite(fewer["psnr"])
+    assert idle["psnr"] is None
+    assert idle["identical"] == 8
+    assert idle["ssim"] == pytest.approx(1)
+    assert idle["flops_ratio"] == 1
+    assert idle["computed_fraction"] == 1
+    assert taylor["computed_fraction"] < 1
+    assert taylor["flops_ratio"] < 1
+    assert taylor["identical"] == 0
+    assert taylor["peak_cache_bytes"] > 0
+    for row in rows.values():
+        assert len(row["seconds"]) == 3, "four batches, of which the first warms up"
+        assert 3 <= len(row["plain_seconds"]) <= 5
+        assert row["fd_garment"] > 0
+        assert 0 <= row["class_accuracy"] <= 1
+        assert {"code", "versions", "measured", "key", "steps"} <= set(row)
+
+
+def test_a_finished_sweep_draws_nothing_again(make, monkeypatch):
+    make().run(SETTINGS)
+    before = make().results.read_bytes()
+    monkeypatch.setattr(bench_module, "draw", lambda *args, **kwargs: pytest.fail("drew again"))
+    make().run(SETTINGS)
+    assert make().results.read_bytes() == before
+
+
+def test_an_interrupted_sweep_goes_on_where_it_stopped(make, monkeypatch):
+    sweep = make()
+    original = sweep.bench.run
+
+    def interrupted(setting):
+        if setting.label == "interval=1":
+            raise KeyboardInterrupt
+        return original(setting)
+
+    sweep.bench.run = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(SETTINGS)
+    assert list(by_label(sweep)) == ["6 steps", "3 steps"]
+    resumed, ran = make(), []
+    again = resumed.bench.run
+    resumed.bench.run = lambda setting: ran.append(setting.label) or again(setting)
+    resumed.run(SETTINGS)
+    assert ran == ["interval=1", "interval=3"]
+    rows = by_label(resumed)
+    assert rows["interval=1"]["identical"] == 8, "compared with the reference images kept on disk"
+    assert rows["interval=3"]["flops_ratio"] < 1
+    assert len(rows["interval=1"]["plain_seconds"]) >= 3
+
+
+def test_changed_surroundings_run_again(make):
+    make().run(SETTINGS[:2])
+    make(seed=1).run(SETTINGS[:2])
+    assert len(read_rows(make().results)) == 4
+
+
+@pytest.mark.parametrize("needs_calibration", [False, True], ids=["attach", "calibrate"])
+def test_a_failing_setting_is_a_row_and_is_tried_again(make, needs_calibration):
+    sweep = make()
+    settings = [*SETTINGS[:2], broken(needs_calibration), SETTINGS[3]]
+    sweep.run(settings)
+    rows = by_label(sweep)
+    assert "Error: " in rows["always"]["error"]
+    assert "error" not in rows["interval=3"]
+    sweep.run(settings)
+    labels = [row["label"] for row in read_rows(sweep.results)]
+    assert labels == ["6 steps", "3 steps", "always", "interval=3", "always"]
+    page = sweep.write(settings, "tiny").read_text()
+    assert "failed: " in page
+
+
+def test_the_pipeline_is_plain_after_a_failure(make, tiny, monkeypatch):
+    sweep, plain = make(), draw(tiny, SAMPLING, range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(bench_module, "count_flops", lambda call: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sweep.bench.run(SETTINGS[3])
+    assert torch.equal(draw(tiny, SAMPLING, range(2)), plain)
+
+
+def test_a_failing_plain_run_ends_the_sweep_with_its_reason(make, monkeypatch):
+    monkeypatch.setattr(bench_module, "draw", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(DitaError, match="plain run failed.*ZeroDivisionError"):
+        make().run(SETTINGS)
+
+
+def test_warnings_of_the_methods_are_kept(make):
+    sweep = make()
+    never = TaylorSeer(interval=100, warmup=50)
+    sweep.run([SETTINGS[0], Setting("taylorseer", "never", 6, never)])
+    assert "0 of 6 steps" in by_label(sweep)["never"]["notes"][0]
+
+
+def test_run_sweep_writes_everything(tiny_folder, tmp_path):
+    options = {"methods": [FEWER_STEPS, "magcache"], "samples": 4, "steps": 5, "quick": True, "threads": 1}
+    page = run_sweep(str(tiny_folder), tmp_path, batch=64, guidance=2.0, seed=3, **options)
+    assert page == tmp_path / "report.html"
+    rows = read_rows(tmp_path / "results.jsonl")
+    assert [row["method"] for row in rows] == [PLAIN, FEWER_STEPS, FEWER_STEPS, "magcache", "magcache", "data"]
+    assert not [row["error"] for row in rows if "error" in row]
+    assert all(row["calibration_seconds"] > 0 for row in rows if row["method"] == "magcache")
+    assert rows[-1]["class_accuracy"] > 0.9
+    table = (tmp_path / "results.md").read_text()
+    assert table.count("\n| ") == len(rows)
+    assert "real training images score" in table
+    assert (tmp_path / "pareto.png").stat().st_size > 5000
+    assert "data:image/png;base64," in page.read_text()
+    run_sweep(str(tiny_folder), tmp_path, batch=64, guidance=2.0, seed=3, **options)
+    assert len(read_rows(tmp_path / "results.jsonl")) == len(rows)
+
+
+def test_images_do_not_depend_on_their_batch(tiny):
+    together = draw(tiny, SAMPLING, range(8))
+    apart = torch.cat([draw(tiny, SAMPLING, indices) for indices in SAMPLING.batches()])
+    torch.testing.assert_close(apart, together, rtol=0, atol=2e-4)
+    assert (together[0] - together[1]).abs().max() > 0.01
+
+
+def test_unfit_arguments_are_refused(tiny, tmp_path):
+    with pytest.raises(DitaError, match="bundled are fashion-dit"):
+        run_sweep("no-such-model", tmp_path)
+    with pytest.raises(DitaError, match="batch is 0"):
+        Sampling(samples=4, batch=0, steps=5, guidance=1.0, seed=0)
+    with pytest.raises(DitaError, match="DiTPipeline, got SimpleNamespace"):
+        check_pipeline(SimpleNamespace())
+    tiny.transformer.register_to_config(sample_size=16)
+    with pytest.raises(DitaError, match="1x16x16"):
+        check_pipeline(tiny)
+
+
+def test_model_card_numbers(tiny_folder):
+    card = evaluate_pipeline(tiny_folder, samples=12, steps=2, batch=5, threads=1)
+    assert card["samples"] == 12
+    assert len(card["class_accuracy_by_class"]) == 10
+    assert card["fd_garment"] > card["fd_garment_floor"] > 0
+    assert card["class_accuracy"] < card["class_accuracy_of_test_images"]

@@ -1,0 +1,105 @@
+"""Every method on every supported family, on real pipeline classes with tiny weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import METHODS, THREE, assert_same_snapshot, configured, plain, snapshot
+from pipelines import TINY
+
+import dita
+from dita.anatomy import describe
+from dita.caching import FirstBlockCache, TaylorSeer
+
+OTHERS = [name for name in TINY if name not in THREE]
+
+
+@pytest.mark.parametrize("tiny", OTHERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_skips_and_comes_off(method: str, tiny: str) -> None:
+    pipe = TINY[tiny].build()
+    config = configured(method, "forced", tiny, pipe)
+    TINY[tiny].call(pipe)
+    before = snapshot(pipe)
+    dita.accelerate_pipeline(pipe, config)
+    output = TINY[tiny].call(pipe)
+    run = dita.report(pipe).last
+    assert output.isfinite().all() and not torch.equal(output, plain(tiny))
+    assert run.finished and 0 < run.reused < len(run.records), str(run)
+    dita.restore_pipeline(pipe)
+    assert_same_snapshot(before, snapshot(pipe))
+    assert torch.equal(TINY[tiny].call(pipe), plain(tiny))
+
+
+@pytest.mark.parametrize("tiny", OTHERS)
+def test_disabled_hooks_change_nothing(tiny: str) -> None:
+    """One method per seam: hooks on every module, and on every block with a probe."""
+    pipe = TINY[tiny].build()
+    for config in (TaylorSeer.disabled(), FirstBlockCache.disabled()):
+        with dita.accelerated(pipe, config):
+            assert torch.equal(TINY[tiny].call(pipe), plain(tiny)), config.name
+
+
+@pytest.mark.parametrize("tiny", TINY)
+def test_declared_entries_agree_with_discovery(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table says nothing that the source of the ten families would not tell."""
+    model = TINY[tiny].build().components["transformer"]
+    declared = describe(model)
+    monkeypatch.setattr("dita.discovery.MODELS", {})
+    monkeypatch.setattr("dita.discovery.BLOCKS", {})
+    discovered = describe(model)
+    assert discovered.family == "" and declared.family
+    assert [(b.path, b.entry.returns) for b in discovered.blocks] == [
+        (b.path, b.entry.returns) for b in declared.blocks
+    ]
+    assert [p.site for p in discovered.modules] == [p.site for p in declared.modules]
+
+
+@pytest.mark.parametrize(
+    ("tiny", "branches"),
+    [
+        ("dit", {"all"}), ("sd3", {"all"}), ("flux", {"cond"}), ("flux-cfg", {"cond", "uncond"}),
+        ("wan", {"cond", "uncond"}), ("qwen", {"cond", "uncond"}), ("ltx", {"cond_uncond"}),
+    ],
+)  # fmt: skip
+def test_branches_are_named(tiny: str, branches: set[str]) -> None:
+    pipe = dita.accelerate_pipeline(TINY[tiny].build(), FirstBlockCache.forced())
+    TINY[tiny].call(pipe)
+    assert {record.branch for record in dita.report(pipe).last.records} == branches
+
+
+def test_heun_keeps_a_stream_per_stage() -> None:
+    pipe = dita.accelerate_pipeline(TINY["sd3-heun"].build(), TaylorSeer(interval=3, warmup=1))
+    TINY["sd3-heun"].call(pipe, steps=8)
+    run = dita.report(pipe).last
+    assert run.steps == 8 and len(run.records) == 15
+    computed = {s: [r.step for r in run.records if r.stage == s and r.action == "computed"] for s in (0, 1)}
+    assert computed == {0: [0, 3, 6], 1: [0, 3, 6]}, "the interval counts solver steps, not evaluations"
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(0.3, 3), (0.7, 6)])
+def test_image_to_image_counts_executed_steps(strength: float, steps: int) -> None:
+    tiny = TINY["flux-img2img"]
+    pipe = tiny.build()
+    base = tiny.call(pipe, strength=strength)
+    positions: list[Any] = []
+    dita.accelerate_pipeline(pipe, TaylorSeer(interval=2, warmup=1))
+    handler = vars(pipe)["_dita_session"].runtimes[0].handlers[0]
+    begin = handler.begin_call
+    handler.begin_call = lambda call: (positions.append(call.position), begin(call))
+    output = tiny.call(pipe, strength=strength)
+    run = dita.report(pipe).last
+    assert run.steps == steps and run.computed_steps == tuple(range(0, steps, 2))
+    assert [p.index for p in positions] == list(range(8 - steps, 8)) and {p.schedule_length for p in positions} == {8}
+    assert output.isfinite().all() and not torch.equal(output, base)
+
+
+def test_second_expert_starts_afresh() -> None:
+    pipe = dita.accelerate_pipeline(TINY["wan-2"].build(), TaylorSeer(interval=8, warmup=1))
+    TINY["wan-2"].call(pipe)
+    firsts: dict[str, str] = {}
+    for record in dita.report(pipe).last.records:
+        firsts.setdefault(f"{record.model} {record.branch}", record.action)
+    assert len(firsts) == 4 and set(firsts.values()) == {"computed"}, firsts
