@@ -151,8 +151,8 @@ class DBCache(CachingMethod):
 class FirstBlockCache(DBCache):
     """First-Block-Cache: DBCache with one front block and no warm-up.
 
-    The default threshold is diffusers' 0.05; ParaAttention publishes 0.08 for FLUX and 0.06 for HunyuanVideo. Attributes
-    and errors are those of `DBCache`.
+    The default threshold is diffusers' 0.05; ParaAttention publishes 0.08 for FLUX and 0.06 for HunyuanVideo.
+    Attributes and errors are those of `DBCache`.
 
     Example:
         >>> FirstBlockCache(threshold=0.08).label()

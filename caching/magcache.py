@@ -7,12 +7,12 @@ residual's norms at steps i and i - 1, the error of skipping since the last comp
 step is skipped while it stays below `threshold` and at most `max_skip` steps are skipped in a row. The first
 `retention` of the steps are computed. How: reuse, not rescaled by the ratio, as published.
 
-The ratios come from one run (`dita.calibrate`) and belong to a model, scheduler, number of steps and resolution. Another
-model is refused; another scheduler, resolution or step count gives a warning, and the table is then read at the nearest
-step, as the authors do. FLUX's published ratios are built in.
+The ratios come from one run (`dita.calibrate`) and belong to a model, scheduler, number of steps and resolution.
+Another model is refused; another scheduler, resolution or step count gives a warning, and the table is then read at the
+nearest step, as the authors do. FLUX's published ratios are built in.
 
-Differences: the authors compare with "<" for Wan and Qwen-Image and with "<=" for FLUX and others; here it is "<", and a
-threshold of 0 computes everything. Their hard-coded computation of step 11 of 28 on FLUX is the setting `always`.
+Differences: the authors compare with "<" for Wan and Qwen-Image and with "<=" for FLUX and others; here it is "<", and
+a threshold of 0 computes everything. Their hard-coded computation of step 11 of 28 on FLUX is the setting `always`.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class MagCache(CachingMethod):
 
     Attributes:
         threshold: largest accumulated error that still skips, exclusive; 0 computes all.
-        max_skip: most skips in a row. Published pairs: 0.12 and 2 or 0.24 and 6 (Wan 2.1), 0.24 and 5 (FLUX), 0.24 and 6
-            or 0.12 and 4 (HunyuanVideo), 0.05 and 4 (Kontext).
+        max_skip: most skips in a row. Published with thresholds: 0.12 and 2 or 0.24 and 6 (Wan 2.1), 0.24 and 5 (FLUX),
+            0.24 and 6 or 0.12 and 4 (HunyuanVideo), 0.05 and 4 (Kontext).
         retention: fraction of the run's steps computed first; 0.1 for FLUX.
         always: table indices that are always computed; (11,) for FLUX.
         table: the ratios, from `dita.calibrate`.

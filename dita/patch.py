@@ -16,8 +16,8 @@ class Patch:
     """Wrap `target.name`, on the instance only, so that a call becomes `around(original, args, kwargs)`.
 
     The wrapper knows the object it was made for. A copy of the object (diffusers' LTX2 deep-copies its scheduler, users
-    deep-copy pipelines) carries the attribute along, bound to the copy, where it calls the copy's own method and nothing
-    else.
+    deep-copy pipelines) carries the attribute along, bound to the copy, where it calls the copy's own method and
+    nothing else.
     """
 
     def __init__(self, target: Any, name: str, around: Around) -> None:

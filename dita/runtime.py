@@ -180,8 +180,8 @@ class ModelRuntime:
         if self._skipping is not None:
             name = self._skipping[0].name
             raise DitaError(
-                f"{self.anatomy.name} never reached the end of {name}, which was to be skipped: the pipeline leaves out "
-                "blocks of its own (skip-layer guidance, for one). Switch that off or restore the pipeline."
+                f"{self.anatomy.name} never reached the end of {name}, which was to be skipped: the pipeline leaves "
+                "out blocks of its own (skip-layer guidance, for one). Switch that off or restore the pipeline."
             )
 
     def _around_block(self, block: Block) -> Any:
@@ -231,7 +231,7 @@ class ModelRuntime:
     def _around_site(
         self, site: Site, handler: Handler, call: Call, original: Original, args: tuple[Any, ...], kwargs: Any
     ) -> Any:
-        """Run or skip a module or the model; its output is a tensor, a tuple with Nones, or a dataclass with .sample."""
+        """Run or skip a module or the model, whose output is a tensor, a tuple with Nones, or has `.sample`."""
         occurrence = self._occurrences.get(site, 0)
         self._occurrences[site] = occurrence + 1
         if handler.compute(site, call, ()):
@@ -272,6 +272,7 @@ def _flatten(result: Any) -> tuple[Features, Callable[[Features], Any]]:
         return (result,), lambda features: features[0]
     if isinstance(result, tuple) and all(t is None or isinstance(t, torch.Tensor) for t in result):
         return result, tuple
-    if hasattr(result, "sample"):
-        return (result.sample,), lambda features: type(result)(sample=features[0])
+    if hasattr(result, "sample") and not isinstance(result, tuple):
+        kind: Any = type(result)
+        return (result.sample,), lambda features: kind(sample=features[0])
     raise DitaError(f"a hooked module returned {type(result).__name__}; expected a tensor, a tuple of them, or .sample")

@@ -103,8 +103,8 @@ def transformers_of(pipe: Any) -> dict[str, nn.Module]:
     if not found:
         held = ", ".join(f"{n} ({type(c).__name__})" for n, c in components.items() if isinstance(c, nn.Module))
         raise DitaError(
-            f"{type(pipe).__name__} has no component named transformer; it holds {held or 'no models'}. dita accelerates "
-            "pipelines whose denoiser is a diffusion transformer."
+            f"{type(pipe).__name__} has no component named transformer; it holds {held or 'no models'}. dita "
+            "accelerates pipelines whose denoiser is a diffusion transformer."
         )
     return found
 
@@ -140,8 +140,8 @@ def accelerate_pipeline(pipe: P, *methods: str | Method | type[Method], **option
         own = owner is not None and any(r.anatomy.model is anatomy.model for r in owner.runtimes)
         if owner is not None and own and owner is not old:
             raise DitaError(
-                f"the {name} of this {type(pipe).__name__} is shared with a {type(owner.pipe).__name__} that is already "
-                "accelerated; restore that one first (a pipe made by from_pipe shares the acceleration as it is)"
+                f"the {name} of this {type(pipe).__name__} is shared with a {type(owner.pipe).__name__} that is "
+                "already accelerated; restore that one first (a pipe made by from_pipe shares what is attached)"
             )
     session = Session(pipe, configs, anatomies)
     if old is not None:

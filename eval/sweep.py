@@ -82,7 +82,7 @@ def run_sweep(
     sampling = Sampling(samples, max(1, min(batch, samples // 4)), steps, guidance, seed)
     settings = plan(steps, methods, quick)
     folder = pipeline_folder(model)
-    judge = make_judge(False if quick and published_metrics is None else published_metrics)
+    judge = make_judge(False if quick and published_metrics is None else published_metrics, device)
     pipe: Any = load_pipeline(folder, device=device)
     check_pipeline(pipe)
     with pinned_threads(threads) as used:

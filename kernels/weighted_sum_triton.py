@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from dita.kernels.weighted_sum import MAX_TERMS
 
 BLOCK = 1024
 
 
 @triton.jit
 def weighted_sum_kernel(
-    x0, x1, x2, x3, x4, x5, x6, x7, w0, w1, w2, w3, w4, w5, w6, w7, base, out, size, terms: tl.constexpr, has_base: tl.constexpr,
-    block: tl.constexpr,
+    x0, x1, x2, x3, x4, x5, x6, x7, w0, w1, w2, w3, w4, w5, w6, w7, base, out, size,
+    terms: tl.constexpr, has_base: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """out[i] = base[i] + sum_j w_j * x_j[i] for i < size, one program per `block` elements."""
     offsets = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
@@ -54,11 +57,10 @@ def triton_weighted_sum(
     terms = [tensor.contiguous() for tensor in tensors]
     first = terms[0]
     out = torch.empty_like(first)
-    padded = [*terms, *[first] * (8 - len(terms))]
+    padded = [*terms, *[first] * (MAX_TERMS - len(terms))]
     start = first if base is None else base.contiguous()
-    numbers = [float(weight) for weight in weights] + [0.0] * (8 - len(terms))
+    numbers = [float(weight) for weight in weights] + [0.0] * (MAX_TERMS - len(terms))
+    arguments: list[Any] = [*padded, *numbers, start, out, first.numel()]
     grid = (triton.cdiv(first.numel(), BLOCK),)
-    weighted_sum_kernel[grid](
-        *padded, *numbers, start, out, first.numel(), terms=len(terms), has_base=base is not None, block=BLOCK
-    )
+    weighted_sum_kernel[grid](*arguments, terms=len(terms), has_base=base is not None, block=BLOCK)
     return out

@@ -1,4 +1,4 @@
-"""What every method must keep, for every registered method on DiT (batched guidance), Flux (distilled), Wan (sequential)."""
+"""What every registered method must keep, on DiT (batched guidance), Flux (distilled) and Wan (sequential)."""
 
 from __future__ import annotations
 

@@ -92,6 +92,12 @@ def test_a_row_does_not_depend_on_its_batch(tiny):
 
 
 @every
+def test_conditioning_matters(tiny):
+    same_noise = [torch.Generator().manual_seed(0)]
+    assert relative(tiny.call(tiny.build(), first=1, generator=same_noise), plain(tiny)) > 0.01
+
+
+@every
 def test_large_has_another_token_count(tiny):
     same = plain(tiny, steps=2, size="large").shape == plain(tiny).shape
     assert same == (tiny.name == "dit")

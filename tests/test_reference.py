@@ -83,7 +83,7 @@ def test_the_hand_written_forward_is_the_models() -> None:
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
 def test_taylorseer_last_block(order: int) -> None:
-    """The authors' ladder: D'[0] = F, D'[j+1] = (D'[j] - D[j]) / gap, differences kept from step first_enhance - 1 on."""
+    """The authors' ladder: D'[0] = F, D'[j+1] = (D'[j] - D[j]) / gap, with differences from step first - 1 on."""
     interval, first = 3, 3
     state: dict[str, Any] = {"step": -1, "last": None, "ladder": []}
     computed: list[int] = []
@@ -186,7 +186,7 @@ def test_magcache() -> None:
 
 
 def test_bwcache() -> None:
-    """Mean block change at computed steps; a trigger freezes the trunk for R steps; K // 2 of the first trigger's rest."""
+    """Mean block change at computed steps; a trigger freezes the trunk for R steps; the last K // 2 are computed."""
     threshold, reuse = 0.6, 0.1
     state: dict[str, Any] = {"step": -1, "left": 0, "outputs": None, "tail": None}
     computed: list[int] = []

@@ -82,7 +82,7 @@ def test_bad_input_changes_nothing(methods: Any, options: dict[str, Any], messag
     before = snapshot(pipe)
     with pytest.raises(DitaError, match=message):
         dita.accelerate_pipeline(pipe, *methods, **options)
-    assert_same_snapshot(before, snapshot(pipe)), "what was attached before stays"
+    assert_same_snapshot(before, snapshot(pipe))
 
 
 def test_a_failing_hook_rolls_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,9 +120,8 @@ def test_no_transformer() -> None:
 
 def test_shared_transformer() -> None:
     one = dita.accelerate_pipeline(DIT.build(), TaylorSeer.forced())
-    two = type(one)(
-        transformer=one.transformer, vae=one.vae, scheduler=type(one.scheduler).from_config(one.scheduler.config)
-    )
+    cls: Any = type(one)
+    two = cls(transformer=one.transformer, vae=one.vae, scheduler=type(one.scheduler).from_config(one.scheduler.config))
     two.set_progress_bar_config(disable=True)
     with pytest.raises(DitaError, match="is shared with a DiTPipeline that is already accelerated"):
         dita.accelerate_pipeline(two, "taylorseer")

@@ -12,12 +12,13 @@ from dita.eval.metrics.garment import (
     garment_perceptual_distance,
 )
 from dita.eval.metrics.pixel import PsnrSummary, psnr, ssim, summarize_psnr
-from dita.eval.metrics.pretrained import frechet_inception_distance, lpips
+from dita.eval.metrics.pretrained import InceptionDistance, frechet_inception_distance, lpips
 from dita.eval.metrics.weights import find_weights
 
 __all__ = [
     "ClassAccuracy",
     "Gaussian",
+    "InceptionDistance",
     "PsnrSummary",
     "class_accuracy",
     "fd_garment",

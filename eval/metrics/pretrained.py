@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,48 +22,76 @@ def _three_channels(images: torch.Tensor) -> torch.Tensor:
     return images.expand(-1, 3, -1, -1).clamp(0, 1)
 
 
-def frechet_inception_distance(
-    images: torch.Tensor,
-    real: torch.Tensor,
-    weights: str | Path | None = None,
-    download: bool = True,
-    batch: int = 50,
-) -> float:
-    """FID (arXiv 1706.08500) on torch-fidelity's port of the original Inception-v3, 2048 features, 8-bit pixels.
+def require(module: str) -> None:
+    """Raise a DitaError unless the optional `module` ("torch_fidelity" or "torchvision") is installed."""
+    if find_spec(module) is None:
+        raise DitaError(f"FID and LPIPS need {module}, which is not installed: pip install 'dita[eval]'")
+
+
+class InceptionDistance:
+    """FID (arXiv 1706.08500) to a fixed set of real images, whose features are computed once.
+
+    The network is torch-fidelity's port of the original Inception-v3, pixels have 8 bits, and images are resized as
+    TensorFlow 1 did: like the original and torch-fidelity, unlike torchmetrics' default.
 
     Args:
-        images: float [N, 1 or 3, H, W] in [0, 1]; resized to 299x299 by the network's own layer.
         real: float [M, 1 or 3, H, W] in [0, 1].
         weights: file or folder of the Inception weights; see `find_weights` for where they are looked for otherwise.
         download: whether the network may be used to get them.
         batch: images at a time.
-
-    Returns:
-        The distance. It depends strongly on N and M below some ten thousand; report them.
+        features: 2048 is FID; 64, 192 and 768 are earlier layers and give other numbers.
 
     Raises:
-        DitaError: the weights cannot be had, or the images do not fit.
+        DitaError: the weights or torch-fidelity cannot be had, or the images do not fit.
+
+    Example:
+        >>> InceptionDistance(torch.rand(50, 1, 32, 32))(torch.rand(50, 1, 32, 32))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        real: torch.Tensor,
+        weights: str | Path | None = None,
+        download: bool = True,
+        batch: int = 50,
+        features: int = 2048,
+    ) -> None:
+        real = _three_channels(check_images(real, "real"))
+        require("torch_fidelity")
+        path = find_weights(INCEPTION, weights, download)
+        load_weights(path)  # the extractor unpickles without restraint, so refuse here what is not plain tensors
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        options: dict[str, Any] = {"normalize": True, "feature_extractor_weights_path": str(path)}
+        if "antialias" in signature(FrechetInceptionDistance).parameters:
+            options["antialias"] = False
+        self.batch = batch
+        self._metric = FrechetInceptionDistance(features, reset_real_features=False, **options).to(real.device)
+        self._update(real, True)
+
+    def __call__(self, images: torch.Tensor) -> float:
+        """Compute the distance of images, float [N, 1 or 3, H, W] in [0, 1]; it depends strongly on N below 10,000."""
+        self._metric.reset()
+        self._update(_three_channels(check_images(images)), False)
+        return self._metric.compute().item()
+
+    def _update(self, images: torch.Tensor, real: bool) -> None:
+        for part in images.split(self.batch):
+            self._metric.update(part, real=real)
+
+
+def frechet_inception_distance(
+    images: torch.Tensor, real: torch.Tensor, weights: str | Path | None = None, download: bool = True
+) -> float:
+    """FID of images [N, 1 or 3, H, W] to real ones [M, 1 or 3, H, W], both in [0, 1]; see `InceptionDistance`.
+
+    Raises:
+        DitaError: the weights or torch-fidelity cannot be had, or the images do not fit.
 
     Example:
         >>> frechet_inception_distance(torch.rand(50, 1, 32, 32), torch.rand(50, 1, 32, 32))  # doctest: +SKIP
     """
-    images, real = check_images(images), check_images(real, "real")
-    path = find_weights(INCEPTION, weights, download)
-    load_weights(path)  # the extractor unpickles without restraint, so refuse here what is not plain tensors
-    return _inception_distance(images, real, path, 2048, batch)
-
-
-def _inception_distance(images: torch.Tensor, real: torch.Tensor, path: Path, features: int, batch: int) -> float:
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    images, real = _three_channels(images), _three_channels(real)
-    metric = FrechetInceptionDistance(features, normalize=True, feature_extractor_weights_path=str(path))
-    metric = metric.to(images.device)
-    for part in real.split(batch):
-        metric.update(part, real=True)
-    for part in images.split(batch):
-        metric.update(part, real=False)
-    return metric.compute().item()
+    return InceptionDistance(real, weights, download)(check_images(images))
 
 
 def lpips(
@@ -97,6 +128,7 @@ def lpips(
     if min(images.shape[-2:]) < 32:
         raise DitaError(f"images are {images.shape[-2]}x{images.shape[-1]}; LPIPS needs at least 32x32")
     images, reference = _three_channels(images), _three_channels(reference)
+    require("torchvision")
     network = _lpips_network(net, find_weights(_BACKBONES[net], weights, download)).to(images.device)
     with torch.no_grad():
         parts = zip(images.split(batch), reference.split(batch), strict=True)

@@ -81,7 +81,7 @@ def save_pipeline(transformer: DiTTransformer2DModel, folder: Path) -> None:
         transformer=copy.deepcopy(transformer).half(),
         vae=build_identity_vae(1).half(),
         scheduler=build_scheduler(),
-        id2label={i: name for i, name in enumerate(CLASSES)},
+        id2label=dict(enumerate(CLASSES)),
     )
     pipe.save_pretrained(folder)
 

@@ -33,7 +33,8 @@ def tiny_folder(tmp_path_factory) -> Path:
     )
     seed_weights(transformer, 0)
     folder = tmp_path_factory.mktemp("tiny-dit")
-    DiTPipeline(transformer=transformer, vae=build_identity_vae(1), scheduler=DDIMScheduler()).save_pretrained(folder)
+    parts: dict[str, Any] = {"vae": build_identity_vae(1), "scheduler": DDIMScheduler()}
+    DiTPipeline(transformer=transformer, **parts).save_pretrained(folder)
     return folder
 
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from dita.errors import DitaError
-from dita.eval.metrics import find_weights, frechet_inception_distance, lpips
+from dita.eval.metrics import InceptionDistance, find_weights, frechet_inception_distance, lpips
 from dita.eval.metrics.frechet import Gaussian, frechet_distance
-from dita.eval.metrics.pretrained import _inception_distance
 from dita.eval.metrics.weights import ALEXNET, INCEPTION, URLS, VGG16, load_weights
 
 
@@ -144,16 +143,25 @@ def test_fid_runs_on_a_given_file(tmp_path, monkeypatch):
     path = tmp_path / "inception.pth"
     torch.save(extractor.state_dict(), path)
     fake, real = images(6, 0), images(5, 1)
-    found = _inception_distance(fake, real, path, features=64, batch=4)
-    features = [extractor((255 * x.expand(-1, 3, -1, -1)).byte())[0] for x in (fake, real)]
-    expected = frechet_distance(*(Gaussian.fit(part) for part in features))
+    distance = InceptionDistance(real, path, batch=4, features=64)
+    found = [distance(fake), distance(1 - fake)]
+    features = [extractor((255 * x.expand(-1, 3, -1, -1)).byte())[0] for x in (real, fake, 1 - fake)]
+    expected = [frechet_distance(Gaussian.fit(features[0]), Gaussian.fit(part)) for part in features[1:]]
     assert found == pytest.approx(expected, rel=1e-3)
-    assert expected > 0
+    assert min(expected) > 0
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr("dita.eval.metrics.pretrained.find_spec", lambda name: None)
+    with pytest.raises(DitaError, match=r"torch_fidelity.*pip install 'dita\[eval\]'"):
+        InceptionDistance(images(2, 1))
+    with pytest.raises(DitaError, match="torchvision"):
+        lpips(images(2, 0), images(2, 1))
 
 
 def test_unfit_images_are_refused():
     with pytest.raises(DitaError, match="2 channels"):
-        _inception_distance(images(2, 0, channels=2), images(2, 1), Path("unused"), features=64, batch=2)
+        InceptionDistance(images(2, 0, channels=2))
     with pytest.raises(DitaError, match="at least 32x32"):
         lpips(images(1, 0, size=16), images(1, 1, size=16))
     with pytest.raises(DitaError, match=r"\['alex', 'vgg'\]"):
