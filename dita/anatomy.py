@@ -105,7 +105,10 @@ class Anatomy:
     def require(self, seam: str, method: str) -> None:
         """Raise `DitaError` with the reason if the seam is missing."""
         if seam in self.reasons:
-            raise DitaError(f"{method} needs the {seam} seam, which {self.name} does not offer: {self.reasons[seam]}")
+            raise DitaError(
+                f"{method} needs the {seam} seam, which {self.name} does not offer: {self.reasons[seam]}; "
+                "dita.supports(pipe) lists what it does offer"
+            )
 
 
 def describe(model: nn.Module) -> Anatomy:

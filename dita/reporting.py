@@ -43,13 +43,23 @@ class StepRecord:
 
 @dataclass
 class RunReport:
-    """One run of the pipeline."""
+    """One run of the pipeline.
+
+    Attributes:
+        methods: what was attached, with settings.
+        steps: solver steps executed.
+        records: one per transformer call, in order.
+        peak_cache_bytes: most bytes of tensors kept between calls.
+        finished: the last step returned.
+        note: why calls were left alone, if some were.
+    """
 
     methods: tuple[str, ...]
     steps: int = 0
     records: list[StepRecord] = field(default_factory=list)
     peak_cache_bytes: int = 0
     finished: bool = False
+    note: str = ""
     _timers: list[Timer] = field(default_factory=list, repr=False)
 
     def add(self, record: StepRecord, timer: Timer, cache_bytes: int) -> None:
@@ -100,7 +110,7 @@ class RunReport:
         """Tell the user when acceleration did nothing."""
         if disabled or self.reused:
             return
-        why = "no transformer call belonged to the sampling loop"
+        why = self.note or "no transformer call belonged to the sampling loop"
         if self.records:
             reasons: dict[str, int] = {}
             for record in self.records:
@@ -116,6 +126,22 @@ class RunReport:
             label = f"{label} (stage {stage})" if stage else label
             marks = "".join(_MARK[r.action] for r in records)
             lines.append(f"  {label:<12} {marks}  {sum(r.action == 'computed' for r in records)} of {len(records)}")
+        return "\n".join(lines)
+
+    def details(self) -> str:
+        """One line per transformer call: step, branch, action, indicator, milliseconds and the reason.
+
+        Example:
+            >>> print(RunReport(("m",), records=[StepRecord(0, 0, "all", "computed", None, "first step")]).details())
+            step  branch       action    indicator      ms  reason
+               0  all          computed          -     0.0  first step
+        """
+        lines = ["step  branch       action    indicator      ms  reason"]
+        for r in self.records:
+            branch = f"{r.branch}/{r.stage}" if r.stage else r.branch
+            branch = branch if r.model == "transformer" else f"{r.model} {branch}"
+            value = "-" if r.value is None else f"{r.value:.4g}"
+            lines.append(f"{r.step:4d}  {branch:<12} {r.action:<8}  {value:>9}  {1000 * r.seconds:6.1f}  {r.reason}")
         return "\n".join(lines)
 
     def _headline(self) -> str:

@@ -133,7 +133,10 @@ class ModelRuntime:
 
     def _model(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         position = None if self._call is not None else self.clock.position(self.number, self._branch)
-        if position is None or torch.is_grad_enabled():
+        if position is not None and torch.is_grad_enabled():
+            self._current_report().note = "gradients are enabled: run the loop under torch.no_grad()"
+            position = None
+        if position is None:
             return self._plain(original, args, kwargs)
         if self._run != self.clock.run:
             self._run = self.clock.run

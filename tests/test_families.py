@@ -80,6 +80,22 @@ def test_heun_keeps_a_stream_per_stage() -> None:
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(0.3, 3), (0.7, 6)])
+@pytest.mark.parametrize("method", METHODS)
+def test_image_to_image_with_every_method(method: str, strength: float, steps: int) -> None:
+    tiny = TINY["flux-img2img"]
+    pipe = tiny.build()
+    config = configured(method, "forced", "flux-img2img", pipe)
+    base = tiny.call(pipe, strength=strength)
+    dita.accelerate_pipeline(pipe, config)
+    first = tiny.call(pipe, strength=strength)
+    run = dita.report(pipe).last
+    assert run.finished and run.steps == steps and run.computed_steps[0] == 0 and run.reused > 0
+    assert not torch.equal(first, base) and torch.equal(tiny.call(pipe, strength=strength), first)
+    dita.restore_pipeline(pipe)
+    assert torch.equal(tiny.call(pipe, strength=strength), base)
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(0.3, 3), (0.7, 6)])
 def test_image_to_image_counts_executed_steps(strength: float, steps: int) -> None:
     tiny = TINY["flux-img2img"]
     pipe = tiny.build()

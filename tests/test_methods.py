@@ -142,6 +142,8 @@ def test_report_is_readable() -> None:
     assert run.computed_steps == (0, 1, 5) and run.reused == 10 and run.computed_fraction == pytest.approx(3 / 8)
     assert "##~~~#~~" in str(report) and "10 of 16 transformer calls skipped" in str(report)
     assert all(record.seconds > 0 for record in run.records) and run.seconds > 0 and run.peak_cache_bytes > 0
+    details = run.details().splitlines()
+    assert len(details) == 17 and "forecast" in details[5] and details[5].endswith("interval 4")
     page = report._repr_html_()
     assert page.count("<td") == 16 and "interval 4" in page and "cond" in page
     for _ in range(25):

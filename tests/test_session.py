@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_snapshot, plain, snapshot
+from helpers import METHODS, assert_same_snapshot, configured, plain, snapshot
 from pipelines import TINY
 from torch import nn
 
@@ -221,6 +221,33 @@ def test_nothing_reused_is_said() -> None:
         warnings.simplefilter("error")
         dita.accelerate_pipeline(pipe, FirstBlockCache.disabled())
         DIT.call(pipe)
+
+
+def test_gradients_are_left_alone_and_said() -> None:
+    pipe = dita.accelerate_pipeline(DIT.build(), TaylorSeer.forced())
+    pipe.scheduler.set_timesteps(4)
+    x = torch.ones(1, 4, 8, 8)
+    with pytest.warns(DitaWarning, match="gradients are enabled"):
+        for t in pipe.scheduler.timesteps:
+            out = pipe.transformer(x, timestep=t[None], class_labels=torch.tensor([1])).sample
+            assert out.requires_grad
+            pipe.scheduler.step(out[:, :4].detach(), t, x)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16(method: str) -> None:
+    pipe = DIT.build().to(torch.bfloat16)
+    config = configured(method, "forced", "dit", pipe)
+    dita.accelerate_pipeline(pipe, config)
+    assert DIT.call(pipe).isfinite().all() and dita.report(pipe).last.reused > 0
+    kept = [
+        tensor
+        for stream in vars(pipe)["_dita_session"].runtimes[0].handlers[0]._streams.values()
+        for history in stream.histories.values()
+        for tensor in history.newest
+        if tensor is not None
+    ]
+    assert kept and {tensor.dtype for tensor in kept} == {torch.bfloat16}
 
 
 def test_default_is_by_family_and_documented() -> None:
