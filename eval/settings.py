@@ -87,9 +87,28 @@ def plan(steps: int, methods: Sequence[str] | None = None, quick: bool = False) 
             counts = dict.fromkeys(max(1, round(steps * part)) for part in _FEWER_STEPS_LADDER)
             ladder = [Setting(name, f"{count} steps", count) for count in counts if count < steps]
         else:
-            ladder = [Setting(name, config.label(), steps, config) for config in registry.get(name).ladder()]
+            configs = registry.get(name).ladder()
+            labels = varying(configs)
+            ladder = [Setting(name, label, steps, config) for label, config in zip(labels, configs, strict=True)]
         settings += thin(ladder) if quick else ladder
     return settings
+
+
+def varying(configs: Sequence[Method]) -> list[str]:
+    """Name each config of a ladder by the settings that are not the same all along it.
+
+    Example:
+        >>> from dita.caching import FirstBlockCache
+        >>> varying([FirstBlockCache(threshold=0.05), FirstBlockCache(threshold=0.1)])
+        ['threshold=0.05', 'threshold=0.1']
+    """
+    values = [config.to_dict()["settings"] for config in configs]
+    names = [name for name in (values[0] if values else {}) if any(v[name] != values[0][name] for v in values)]
+    return [
+        " ".join(f"{name}={v[name]:g}" if isinstance(v[name], float) else f"{name}={v[name]}" for name in names)
+        or config.label()
+        for v, config in zip(values, configs, strict=True)
+    ]
 
 
 def thin(ladder: Sequence[Any]) -> list[Any]:

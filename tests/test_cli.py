@@ -85,7 +85,7 @@ def test_doctor_reports_what_supports_says(dit_folder: Path) -> None:
 
     result = invoke("doctor", str(dit_folder), "--json")
     (found,) = json.loads(result.output)["transformers"]
-    model = DiTTransformer2DModel.from_config(DiTTransformer2DModel.load_config(dit_folder / "transformer"))
+    model = DiTTransformer2DModel.from_config(json.loads((dit_folder / "transformer" / "config.json").read_text()))
     expected = dita.supports(model)
     assert {name: (row["ok"], row["reason"]) for name, row in found["seams"].items()} == expected.seams
     assert {name: (row["ok"], row["reason"]) for name, row in found["methods"].items()} == expected.methods
