@@ -62,5 +62,6 @@ def triton_weighted_sum(
     numbers = [float(weight) for weight in weights] + [0.0] * (MAX_TERMS - len(terms))
     arguments: list[Any] = [*padded, *numbers, start, out, first.numel()]
     grid = (triton.cdiv(first.numel(), BLOCK),)
-    weighted_sum_kernel[grid](*arguments, terms=len(terms), has_base=base is not None, block=BLOCK)
+    options: dict[str, Any] = {"terms": len(terms), "has_base": base is not None, "block": BLOCK}
+    weighted_sum_kernel[grid](*arguments, **options)
     return out

@@ -16,7 +16,9 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +73,14 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def loss_of(model: torch.nn.Module, images, labels, timesteps, noise, alphas_cumprod) -> torch.Tensor:
+def loss_of(
+    model: Callable[..., tuple[torch.Tensor, ...]],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    timesteps: torch.Tensor,
+    noise: torch.Tensor,
+    alphas_cumprod: torch.Tensor,
+) -> torch.Tensor:
     """Mean squared error of the v-prediction; images [B, 1, 32, 32], labels and timesteps [B]."""
     alpha = alphas_cumprod[timesteps].sqrt().view(-1, 1, 1, 1)
     sigma = (1 - alphas_cumprod[timesteps]).sqrt().view(-1, 1, 1, 1)
@@ -84,7 +93,7 @@ def save_pipeline(transformer: DiTTransformer2DModel, folder: Path) -> None:
     pipe = DiTPipeline(
         transformer=copy.deepcopy(transformer).half(),
         vae=build_identity_vae(1).half(),
-        scheduler=build_scheduler(),
+        scheduler=build_scheduler(),  # pyright: ignore[reportArgumentType]  # annotated as an enum, takes any
         id2label=dict(enumerate(CLASSES)),
     )
     pipe.save_pretrained(folder)
@@ -140,7 +149,7 @@ class Run:
 
 
 @torch.no_grad()
-def held_out_loss(run: Run, images, labels, alphas_cumprod) -> float:
+def held_out_loss(run: Run, images: torch.Tensor, labels: torch.Tensor, alphas_cumprod: torch.Tensor) -> float:
     """EMA loss on 256 test images with fixed noise, timesteps spread evenly."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(images.shape, generator=generator)
@@ -160,7 +169,7 @@ def train(args: argparse.Namespace) -> None:
     images, labels = load_fashion_mnist("train", args.data)
     test_images, test_labels = load_fashion_mnist("test", args.data)
     alphas_cumprod = build_scheduler().alphas_cumprod
-    forward = torch.compile(run.model) if args.compile else run.model
+    forward: Callable[..., Any] = torch.compile(run.model) if args.compile else run.model
     budget, batch = args.minutes * 60, args.batch
     losses: list[float] = []
     last_tick, last_save = time.monotonic(), time.monotonic()
