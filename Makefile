@@ -11,16 +11,17 @@ DATASET := /usr/share/datasets/fashion-mnist
 PINNED := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) OPENBLAS_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: help demo test check format bench dataset clean distclean
+.PHONY: help demo test check format bench notebooks dataset clean distclean
 
 help:
-	@echo "make demo    create $(VENV), sweep the bundled pipeline in 3 minutes, write $(OUT)/report.html"
-	@echo "make test    create $(VENV), run ruff, pyright and pytest"
-	@echo "make check   ruff and pyright only"
-	@echo "make format  let ruff rewrite what it can"
-	@echo "make bench   the full sweep, into runs/full"
-	@echo "make clean   remove build leftovers and tool caches (distclean: $(VENV) too)"
-	@echo "settings     VENV=.venv PYTHON=python3 THREADS=2 OUT=runs/quick PYTEST_ARGS='-k word'"
+	@echo "make demo       create $(VENV), sweep the bundled pipeline in 3 minutes, write $(OUT)/report.html"
+	@echo "make test       create $(VENV), run ruff, pyright and pytest"
+	@echo "make check      ruff and pyright only"
+	@echo "make format     let ruff rewrite what it can"
+	@echo "make bench      the full sweep, into runs/full"
+	@echo "make notebooks  run the notebooks and keep their output"
+	@echo "make clean      remove build leftovers and tool caches (distclean: $(VENV) too)"
+	@echo "settings        VENV=.venv PYTHON=python3 THREADS=2 OUT=runs/quick PYTEST_ARGS='-k word'"
 
 demo: $(VENV)/.installed
 	$(PINNED) $(BIN)/dita sweep --model $(MODEL) --quick --threads $(THREADS) --out $(OUT)
@@ -39,6 +40,9 @@ check: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+notebooks: $(VENV)/.installed-dev
+	$(PINNED) $(OFFLINE) $(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

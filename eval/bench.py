@@ -21,7 +21,7 @@ from dita.eval.timing import timed
 
 _WINDOW = 5  # latest plain runs that a setting is compared with
 _LEAST_PLAIN = 3
-_LEAST_TIMED = 3
+_LEAST_TIMED = 2
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Bench:
 
     pipe: Any
     sampling: Sampling
-    plain_repeats: int = 2
+    plain_repeats: int = 1
     advance: Callable[[], None] = lambda: None
     plain_flops: int | None = None
     plain_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
@@ -80,7 +80,8 @@ class Bench:
             flops, first, runs = self._counted(setting, batches[0])
             images, seconds = [first], []
             full = [indices for indices in batches[1:] if len(indices) == len(batches[0])]
-            plain_after = set(range(0, len(full), max(1, len(full) // max(1, self.plain_repeats))))
+            spread = len(full) / max(1, self.plain_repeats)
+            plain_after = {int((number + 0.5) * spread) for number in range(self.plain_repeats)}
             for position, indices in enumerate(batches[1:]):
                 drawn, taken, run = self._timed(setting, indices)
                 images.append(drawn)

@@ -25,15 +25,7 @@ from dita.eval.settings import PLAIN, Setting, context, digest, plan
 from dita.eval.timing import pinned_threads
 
 _SHOWN = 10
-
-
-@dataclass(frozen=True)
-class _Scale:
-    samples: int
-    plain_repeats: int
-
-
-_FULL, _QUICK = _Scale(samples=128, plain_repeats=2), _Scale(samples=16, plain_repeats=1)
+_SAMPLES, _QUICK_SAMPLES = 128, 12
 
 
 def run_sweep(
@@ -55,13 +47,13 @@ def run_sweep(
     Args:
         model: bundled pipeline by name, or the folder of a DiTPipeline that draws 32x32 grey garments.
         out: folder of results.jsonl, results.md, pareto.png, report.html and images/.
-        quick: two settings for each method, 16 samples, FID and LPIPS left out.
+        quick: two settings for each method, 12 samples, FID and LPIPS left out.
         methods: registry names, or "fewer steps"; all if None.
-        samples: images per setting; 128, or 16 if quick.
+        samples: images per setting; 128, or 12 if quick.
         steps: solver steps of the plain run.
         seed: of the images.
         threads: CPU threads; 0 keeps torch's number.
-        batch: images in one call, lowered so that there are at least four calls.
+        batch: images in one call, lowered so that there are at least three calls.
         guidance: scale of classifier-free guidance.
         device: where to run.
         published_metrics: see `make_judge`.
@@ -77,9 +69,9 @@ def run_sweep(
         >>> run_sweep(quick=True)  # doctest: +SKIP
         PosixPath('runs/sweep/report.html')
     """
-    scale = _QUICK if quick else _FULL
-    samples = scale.samples if samples is None else samples
-    sampling = Sampling(samples, max(1, min(batch, samples // 4)), steps, guidance, seed)
+    if samples is None:
+        samples = _QUICK_SAMPLES if quick else _SAMPLES
+    sampling = Sampling(samples, min(batch, max(1, samples // 3)), steps, guidance, seed)
     settings = plan(steps, methods, quick)
     folder = pipeline_folder(model)
     judge = make_judge(False if quick and published_metrics is None else published_metrics, device)
@@ -87,11 +79,10 @@ def run_sweep(
     check_pipeline(pipe)
     with pinned_threads(threads) as used:
         surroundings = context(sampling, fingerprint(folder), fingerprint(CLASSIFIER), used, device_name(device))
-        surroundings |= {"fid": judge.fid, "lpips": judge.lpips}
-        bench = Bench(pipe, sampling, scale.plain_repeats)
-        sweep = Sweep(Path(out), bench, judge, surroundings)
+        surroundings |= {"with_fid": judge.fid, "with_lpips": judge.lpips}
+        sweep = Sweep(Path(out), Bench(pipe, sampling), judge, surroundings)
         sweep.run(settings)
-        return sweep.write(settings, str(model))
+        return sweep.write(settings, Path(model).name)
 
 
 @dataclass

@@ -137,7 +137,8 @@ def test_editable_install_and_checkout_import_the_same(source: Path, checkout_in
     target = tmp_path / "target"
     options = ["--no-deps", "--no-build-isolation", "--target", str(target)]
     run([sys.executable, "-m", "pip", "install", *options, "--editable", str(source)], tmp_path)
-    installed = inventory(tmp_path, preamble=f"import site; site.addsitedir({str(target)!r})")
+    # First on the path too: an environment with an editable dita of its own holds a finder module of the same name.
+    installed = inventory(tmp_path, target, preamble=f"import site; site.addsitedir({str(target)!r})")
     assert Path(installed.pop("origin")).is_relative_to(source)
     assert installed == {key: value for key, value in checkout_inventory.items() if key != "origin"}
 
