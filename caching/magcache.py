@@ -29,6 +29,7 @@ from dita.caching.policy import Guards, Verdict, View
 from dita.errors import DitaError
 from dita.fingerprint import fingerprint
 from dita.registry import register
+from dita.seams import Site
 
 
 class MagnitudeGate(Magnitudes):
@@ -133,12 +134,13 @@ class MagCache(CachingMethod):
             raise DitaError(f"these magnitude ratios were measured on {table.model}, not on {model}: calibrate again")
         return table
 
+    def sites(self, anatomy: Anatomy) -> tuple[Site, ...]:
+        """The trunk; asking needs no table yet."""
+        return self.disabled().handler(anatomy).sites
+
     def recipe(self, anatomy: Anatomy) -> Recipe:
         """The trunk's image residual, gated by the table."""
-        table = self.table if self.threshold <= 0 and self.table is not None else None
-        if self.threshold > 0:
-            table = self._table_for(anatomy)
-        gate = table or MagnitudeTable(ratios={})
+        gate = self._table_for(anatomy) if self.threshold > 0 else MagnitudeTable(ratios={})
         return Recipe(
             what="trunk",
             when=lambda: MagnitudeGate(gate, self.threshold, self.max_skip, self.retention, self.always),

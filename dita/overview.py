@@ -27,6 +27,8 @@ class MethodTable(tuple[MethodInfo, ...]):
     def __str__(self) -> str:
         return "\n".join(f"{m.name:<12} {m.title:<20} {m.arxiv:<22} {m.axes}" for m in self)
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         rows = "".join(
             "<tr>" + "".join(f"<td>{html.escape(t)}</td>" for t in (m.name, m.title, m.arxiv, m.axes)) + "</tr>"

@@ -41,7 +41,7 @@ class StepRecord:
     seconds: float = 0.0
 
 
-@dataclass
+@dataclass(repr=False)
 class RunReport:
     """One run of the pipeline.
 
@@ -128,6 +128,8 @@ class RunReport:
             lines.append(f"  {label:<12} {marks}  {sum(r.action == 'computed' for r in records)} of {len(records)}")
         return "\n".join(lines)
 
+    __repr__ = __str__
+
     def details(self) -> str:
         """One line per transformer call: step, branch, action, indicator, milliseconds and the reason.
 
@@ -172,7 +174,7 @@ class RunReport:
         return f"<div><p>{html.escape(self._headline())}</p><table>{''.join(rows)}</table><p>{legend}</p></div>"
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """The last runs of an accelerated pipeline, newest last, and what is attached.
 
@@ -196,6 +198,8 @@ class Report:
         body = [str(self.last)] if self.runs else ["no run yet"]
         legend = "  # computed   ~ forecast   . reused"
         return "\n".join([*head, *body, legend])
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         body = self.last._repr_html_() if self.runs else "<p>no run yet</p>"

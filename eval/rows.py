@@ -135,6 +135,9 @@ COLUMNS: tuple[Column, ...] = (
 )
 
 
+_LEFT_OUT_ON_CONSOLE = ("ms/image", "FLOPs", "cache MiB", "SSIM", "LPIPS", "FID", "samples")
+
+
 def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Lay rows out as headings and cells of text, without columns that are empty throughout; an error fills its row.
 
@@ -167,14 +170,15 @@ def to_markdown(rows: list[Row]) -> str:
 
 
 def to_rich(rows: list[Row], title: str | None = None) -> Table:
-    """Build the console table of rows."""
+    """Build the console table of rows: the columns that fit a terminal; results.md has all."""
     from rich.markup import escape
     from rich.table import Table
 
     head, cells = table(rows)
+    shown = [place for place, name in enumerate(head) if name not in _LEFT_OUT_ON_CONSOLE]
     result = Table(title=title)
-    for name in head:
-        result.add_column(name, justify="left" if name in ("method", "setting") else "right")
+    for place in shown:
+        result.add_column(head[place], justify="left" if head[place] in ("method", "setting") else "right")
     for line in cells:
-        result.add_row(*map(escape, line))
+        result.add_row(*(escape(line[place]) for place in shown))
     return result

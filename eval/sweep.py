@@ -146,8 +146,11 @@ class Sweep:
         plot = plot_sweep(rows, self.out / "pareto.png", title)
         paths = {row["key"]: self._strip_path(row["key"]) for row in rows}
         strips = {key: path.read_bytes() for key, path in paths.items() if path.is_file()}
-        Console().print(to_rich(rows))
-        Console().print(note, highlight=False)
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=120)
+        console.print(to_rich(rows))
+        console.print(note, highlight=False)
         return write_report(self.out / "report.html", rows, plot, strips, model)
 
     def _key(self, setting: Setting) -> str:
