@@ -178,3 +178,16 @@ def test_calibration_leaves_an_accelerated_pipe_accelerated() -> None:
         dita.calibrate(pipe, "magcache", lambda p: None)
     with pytest.raises(DitaError, match="no numbers to measure"):
         dita.calibrate(pipe, "fbcache", TINY["dit"].call)
+
+
+def test_the_first_branch_may_decide_for_all() -> None:
+    """A step computed for one guidance branch and reused for the other puts the error on their difference."""
+    tiny = TINY["flux-cfg"]
+    pipe = dita.accelerate_pipeline(tiny.build(), "dbcache", fn=1, warmup=0, threshold=0.2, follow_first=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DitaWarning)
+        tiny.call(pipe, steps=14)
+    records = dita.report(pipe).last.records
+    actions = {b: [r.action for r in records if r.branch == b] for b in ("cond", "uncond")}
+    assert actions["cond"] == actions["uncond"] and len(actions["cond"]) == 14
+    assert all(r.reason.startswith("as the first branch") for r in records if r.branch == "uncond" and r.step > 0)
