@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import statistics
 import warnings
-from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,12 +15,11 @@ import dita
 from dita.errors import DitaWarning
 from dita.eval.flops import count_flops
 from dita.eval.sampling import Sampling, draw
-from dita.eval.settings import Setting
+from dita.eval.settings import PLAIN, Setting
 from dita.eval.timing import timed
 
-_WINDOW = 5  # latest plain runs that a setting is compared with
-_LEAST_PLAIN = 3
-_LEAST_TIMED = 2
+_LEAST_PAIRS = 2
+_UNSTEADY = 1.25  # largest over smallest time of the same plain run, above which a setting is marked
 
 
 @dataclass
@@ -34,22 +32,21 @@ class Measured:
 
 @dataclass
 class Bench:
-    """One pipeline on one device, and the plain runs timed on it so far.
+    """One pipeline on one device.
 
     Attributes:
         pipe: a DiTPipeline without acceleration.
         sampling: what every setting draws.
-        plain_repeats: plain runs timed in between the batches of each setting.
+        pairs: how often a setting is timed side by side with the plain run, at least twice.
         advance: called after each batch, for a progress bar.
         plain_flops: operations of the plain run on the first batch; set by the first `run` of the plain setting.
     """
 
     pipe: Any
     sampling: Sampling
-    plain_repeats: int = 1
+    pairs: int = 2
     advance: Callable[[], None] = lambda: None
     plain_flops: int | None = None
-    plain_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
 
     @property
     def device(self) -> torch.device:
@@ -64,51 +61,67 @@ class Bench:
         """Draw all images of a setting.
 
         The first batch warms up and has its operations counted; it is not timed. Every later full batch is timed, and
-        plain runs of the same batch in between, so that a drift of the machine strikes both. Where there are too few
-        batches the first is drawn again.
+        some of them are followed at once by the plain run of the same batch, so that whatever else the machine does
+        strikes both. Where there are too few batches the first is drawn again.
 
         Args:
-            setting: what to run. The plain setting must come first if ratios are wanted.
+            setting: what to run. The plain setting must come first if the ratio of operations is wanted.
 
         Returns:
-            Images and cost. Speedup is the median of the latest five plain runs over the median of this setting's.
+            Images and cost. Speedup is the median over these pairs of plain seconds / own seconds; where the plain
+            seconds of the pairs differ by more than a quarter, a note says so.
         """
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", DitaWarning)
-            setting, calibration = self._calibrated(setting)
-            batches = list(self.sampling.batches())
-            flops, first, runs = self._counted(setting, batches[0])
-            images, seconds = [first], []
-            full = [indices for indices in batches[1:] if len(indices) == len(batches[0])]
-            spread = len(full) / max(1, self.plain_repeats)
-            plain_after = {int((number + 0.5) * spread) for number in range(self.plain_repeats)}
-            for position, indices in enumerate(batches[1:]):
-                drawn, taken, run = self._timed(setting, indices)
-                images.append(drawn)
-                runs.append(run)
-                if len(indices) == len(batches[0]):
-                    seconds.append(taken)
-                if setting.method != "plain" and position in plain_after:
-                    self._time_plain(indices)
-                self.advance()
-            while len(seconds) < _LEAST_TIMED:
-                seconds.append(self._timed(setting, batches[0])[1])
-            if setting.method == "plain":
-                self.plain_flops = flops
-                self.plain_seconds.extend(seconds)
-            while len(self.plain_seconds) < _LEAST_PLAIN:
-                self._time_plain(batches[0])
-        cost = self._cost(setting, seconds, flops, len(batches[0]))
-        cost |= self._reported(setting, [run for run in runs if run is not None])
+            images, cost = self._measure(setting)
+        notes = [str(warning.message) for warning in caught if issubclass(warning.category, DitaWarning)]
+        for warning in caught:
+            if not issubclass(warning.category, DitaWarning):
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        fastest, slowest = min(cost["plain_seconds"]), max(cost["plain_seconds"])
+        if slowest > _UNSTEADY * fastest:
+            notes.append(f"unsteady machine: the plain run took {fastest:.2f} to {slowest:.2f} s, so doubt the speedup")
+        return Measured(images, {**cost, **({"notes": list(dict.fromkeys(notes))} if notes else {})})
+
+    def _measure(self, setting: Setting) -> tuple[torch.Tensor, dict[str, Any]]:
+        setting, calibration = self._calibrated(setting)
+        first, *rest = self.sampling.batches()
+        flops, images, run = self._counted(setting, first)
+        parts, runs, seconds, plain = [images], [run], [], []
+        full = [indices for indices in rest if len(indices) == len(first)]
+        paired = {int((number + 0.5) * len(full) / self.pairs) for number in range(self.pairs)}
+        matched = []
+        for position, indices in enumerate(rest):
+            images, taken, run = self._timed(setting, indices)
+            parts.append(images)
+            runs.append(run)
+            if len(indices) == len(first):
+                seconds.append(taken)
+                if position in paired:
+                    plain.append(self._plain(setting, indices, taken))
+                    matched.append(taken)
+            self.advance()
+        while len(plain) < _LEAST_PAIRS:
+            taken = self._timed(setting, first)[1]
+            seconds.append(taken)
+            plain.append(self._plain(setting, first, taken))
+            matched.append(taken)
+        if setting.method == PLAIN:
+            self.plain_flops = flops
+        middle = statistics.median(seconds)
+        cost: dict[str, Any] = {
+            "speedup": statistics.median(p / own for p, own in zip(plain, matched, strict=True)),
+            "seconds_per_image": middle / len(first),
+            "plain_seconds_per_image": statistics.median(plain) / len(first),
+            "seconds": [round(value, 5) for value in seconds],
+            "plain_seconds": [round(value, 5) for value in plain],
+            "flops_per_image": flops / len(first),
+            "flops_ratio": flops / self.plain_flops if self.plain_flops else None,
+            **self._reported(setting, [run for run in runs if run is not None]),
+        }
         if calibration is not None:
             cost["calibration_seconds"] = calibration
-        notes = set()
-        for warning in caught:
-            if issubclass(warning.category, DitaWarning):
-                notes.add(str(warning.message))
-            else:
-                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-        return Measured(torch.cat(images), {**cost, **({"notes": sorted(notes)} if notes else {})})
+        return torch.cat(parts), cost
 
     def _calibrated(self, setting: Setting) -> tuple[Setting, float | None]:
         config = setting.config
@@ -125,12 +138,12 @@ class Bench:
     def _attached(self, setting: Setting):
         return nullcontext() if setting.config is None else dita.accelerated(self.pipe, setting.config)
 
-    def _counted(self, setting: Setting, indices: range) -> tuple[int, torch.Tensor, list[Any]]:
+    def _counted(self, setting: Setting, indices: range) -> tuple[int, torch.Tensor, Any]:
         with self._attached(setting):
             flops, images = count_flops(lambda: draw(self.pipe, self.sampling, indices, setting.steps))
             run = dita.report(self.pipe).last if setting.config is not None else None
         self.advance()
-        return flops, images, [run]
+        return flops, images, run
 
     def _timed(self, setting: Setting, indices: range) -> tuple[torch.Tensor, float, Any]:
         kept = []
@@ -140,20 +153,10 @@ class Bench:
             run = dita.report(self.pipe).last if setting.config is not None else None
         return kept[0], seconds, run
 
-    def _time_plain(self, indices: range) -> None:
-        self.plain_seconds.append(timed(lambda: draw(self.pipe, self.sampling, indices), self.device))
-
-    def _cost(self, setting: Setting, seconds: list[float], flops: int, batch: int) -> dict[str, Any]:
-        middle, plain = statistics.median(seconds), statistics.median(self.plain_seconds)
-        return {
-            "speedup": 1.0 if setting.method == "plain" else plain / middle,
-            "seconds_per_image": middle / batch,
-            "plain_seconds_per_image": plain / batch,
-            "seconds": [round(value, 5) for value in seconds],
-            "plain_seconds": [round(value, 5) for value in self.plain_seconds],
-            "flops_per_image": flops / batch,
-            "flops_ratio": flops / self.plain_flops if self.plain_flops else None,
-        }
+    def _plain(self, setting: Setting, indices: range, taken: float) -> float:
+        if setting.method == PLAIN:
+            return taken
+        return timed(lambda: draw(self.pipe, self.sampling, indices), self.device)
 
     def _reported(self, setting: Setting, runs: list[Any]) -> dict[str, Any]:
         if setting.config is None:

@@ -111,8 +111,8 @@ def _facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
         "threads": row.get("threads"),
         "weights": row.get("weights"),
         "seed": f"{row.get('seed')}; image i has a generator of its own, its number is seed * 1,000,000 + i",
-        "time": "the first batch warms up and is not timed; plain runs are timed between the batches of every setting; "
-        "speedup is the ratio of the medians",
+        "time": "the first batch warms up and is not timed; some later batches are followed at once by the plain run "
+        "of the same batch; speedup is the median of these ratios",
         "operations": "matrix products, convolutions and attention of the first batch",
     }
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]

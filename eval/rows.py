@@ -119,7 +119,11 @@ def _psnr_text(row: Mapping[str, Any]) -> str:
 COLUMNS: tuple[Column, ...] = (
     Column("method", lambda row: row["method"], "registry name"),
     Column("setting", lambda row: row["label"], "what varies along the method's ladder"),
-    Column("speedup", _number("speedup", ".2f"), "plain seconds / seconds, medians of interleaved runs"),
+    Column(
+        "speedup",
+        _number("speedup", ".2f"),
+        "plain seconds / own seconds, the same batch one after the other; median",
+    ),
     Column("ms/image", _number("seconds_per_image", ".1f", 1000), "wall-clock time of a whole run, per image"),
     Column("FLOPs", _number("flops_ratio", ".1%"), "operations counted, of the plain run's"),
     Column("computed", _number("computed_fraction", ".1%"), "transformer steps computed, of the plain run's"),

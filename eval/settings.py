@@ -21,7 +21,7 @@ FEWER_STEPS = "fewer steps"
 PLAIN = "plain"
 _FEWER_STEPS_LADDER = (0.8, 0.5, 0.4, 0.3, 0.24, 0.2, 0.16)  # of the plain run's steps
 _ROOMS = ("caching", "kernels", "schedulers", "eval/metrics")
-_EVAL_FILES = ("classifier.py", "data.py", "flops.py", "sampling.py", "timing.py")
+_EVAL_FILES = ("bench.py", "classifier.py", "data.py", "flops.py", "sampling.py", "timing.py")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from dita.eval.settings import PLAIN, Setting, context, digest, plan
 from dita.eval.timing import pinned_threads
 
 _SHOWN = 10
-_SAMPLES, _QUICK_SAMPLES = 128, 12
+_SAMPLES, _QUICK_SAMPLES = 64, 12
+_PAIRS, _QUICK_PAIRS = 3, 2
 
 
 def run_sweep(
@@ -37,7 +38,7 @@ def run_sweep(
     steps: int = 50,
     seed: int = 0,
     threads: int = 0,
-    batch: int = 16,
+    batch: int = 8,
     guidance: float = 3.0,
     device: str = "cpu",
     published_metrics: bool | None = None,
@@ -49,7 +50,7 @@ def run_sweep(
         out: folder of results.jsonl, results.md, pareto.png, report.html and images/.
         quick: two settings for each method, 12 samples, FID and LPIPS left out.
         methods: registry names, or "fewer steps"; all if None.
-        samples: images per setting; 128, or 12 if quick.
+        samples: images per setting; 64, or 12 if quick.
         steps: solver steps of the plain run.
         seed: of the images.
         threads: CPU threads; 0 keeps torch's number.
@@ -80,7 +81,8 @@ def run_sweep(
     with pinned_threads(threads) as used:
         surroundings = context(sampling, fingerprint(folder), fingerprint(CLASSIFIER), used, device_name(device))
         surroundings |= {"with_fid": judge.fid, "with_lpips": judge.lpips}
-        sweep = Sweep(Path(out), Bench(pipe, sampling), judge, surroundings)
+        bench = Bench(pipe, sampling, _QUICK_PAIRS if quick else _PAIRS)
+        sweep = Sweep(Path(out), bench, judge, surroundings)
         sweep.run(settings)
         return sweep.write(settings, Path(model).name)
 
