@@ -25,7 +25,7 @@ from dita.eval.settings import PLAIN, Setting, context, digest, plan
 from dita.eval.timing import pinned_threads
 
 _SHOWN = 10
-_SAMPLES, _QUICK_SAMPLES = 64, 9
+_SAMPLES, _QUICK_SAMPLES = 64, 6
 _PAIRS, _QUICK_PAIRS = 3, 2
 
 
@@ -48,9 +48,9 @@ def run_sweep(
     Args:
         model: bundled pipeline by name, or the folder of a DiTPipeline that draws 32x32 grey garments.
         out: folder of results.jsonl, results.md, pareto.png, report.html and images/.
-        quick: two settings for each method, 9 samples, FID and LPIPS left out.
+        quick: two settings for each method, 6 samples, FID and LPIPS left out.
         methods: registry names, or "fewer steps"; all if None.
-        samples: images per setting; 64, or 9 if quick.
+        samples: images per setting; 64, or 6 if quick.
         steps: solver steps of the plain run.
         seed: of the images.
         threads: CPU threads; 0 keeps torch's number.
