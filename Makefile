@@ -14,7 +14,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 .PHONY: help demo test check format bench notebooks dataset clean distclean
 
 help:
-	@echo "make demo       create $(VENV), sweep the bundled pipeline in 3 minutes, write $(OUT)/report.html"
+	@echo "make demo       create $(VENV), sweep the bundled pipeline in a few minutes, write $(OUT)/report.html"
 	@echo "make test       create $(VENV), run ruff, pyright and pytest"
 	@echo "make check      ruff and pyright only"
 	@echo "make format     let ruff rewrite what it can"
