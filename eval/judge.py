@@ -23,7 +23,7 @@ from dita.eval.metrics import (
 )
 from dita.eval.metrics.pretrained import require
 from dita.eval.metrics.weights import ALEXNET, INCEPTION, find_weights
-from dita.eval.reference import GarmentReference, load_reference
+from dita.eval.reference import Reference, load_reference
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Judge:
     """
 
     classifier: FashionClassifier = field(default_factory=load_classifier)
-    reference: GarmentReference = field(default_factory=load_reference)
+    reference: Reference = field(default_factory=load_reference)
     fid: bool = False
     lpips: bool = False
     device: str | torch.device = "cpu"

@@ -1,4 +1,4 @@
-"""The real garments as the classifier sees them, kept next to its weights so that judging needs no data set."""
+"""Real data as a judging network sees them, kept next to its weights so that judging needs no data set."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _MOST_DRAWS = 8
 
 
 @dataclass(frozen=True)
-class GarmentReference:
-    """What generated garments are compared with.
+class Reference:
+    """What generated samples are compared with.
 
     Attributes:
-        test: Gaussian over the features of all 10,000 test images.
-        test_accuracy: share of them that the classifier names rightly, in [0, 1].
-        train_features: float32 [M, 64] of training images, image i of class i mod 10.
+        test: Gaussian over the features of unseen real samples.
+        test_accuracy: share of them that the network names rightly, in [0, 1].
+        train_features: float32 [M, D] of real samples as the generator saw them in training, in mixed order.
     """
 
     test: Gaussian
@@ -32,9 +32,9 @@ class GarmentReference:
     train_features: torch.Tensor
 
     def floor(self, samples: int) -> float:
-        """FD-garment of `samples` real training images to the test set: what a perfect generator would score.
+        """Frechet distance of `samples` real training samples to unseen ones: what a perfect generator would score.
 
-        Averaged over up to eight disjoint draws with as many of each class.
+        Averaged over up to eight disjoint draws.
 
         Args:
             samples: as many as were generated, at least 2.
@@ -44,16 +44,18 @@ class GarmentReference:
         """
         if not 2 <= samples <= len(self.train_features):
             raise DitaError(
-                f"the floor was asked for {samples} samples; it can be had for 2 to {len(self.train_features)}; "
-                "measure_reference(classifier, train=...) makes one with more"
+                f"the floor was asked for {samples} samples; it can be had for 2 to {len(self.train_features)}, as "
+                "many as the reference was measured with"
             )
         draws = self.train_features.split(samples)[:_MOST_DRAWS]
         distances = [frechet_distance(Gaussian.fit(part), self.test) for part in draws if len(part) == samples]
         return sum(distances) / len(distances)
 
-    def save(self, folder: str | Path) -> None:
-        """Write to `folder` as safetensors."""
+    def save(self, path: str | Path) -> None:
+        """Write to a safetensors file, or as reference.safetensors into a folder."""
         from safetensors.torch import save_file
+
+        path = Path(path)
 
         tensors = {
             "test_mean": self.test.mean,
@@ -62,12 +64,10 @@ class GarmentReference:
             "test_accuracy": torch.tensor(self.test_accuracy, dtype=torch.float64),
             "train_features": self.train_features.contiguous(),
         }
-        save_file(tensors, Path(folder) / _FILE)
+        save_file(tensors, path / _FILE if path.is_dir() else path)
 
 
-def measure_reference(
-    classifier: FashionClassifier, data: str | Path | None = None, train: int = 2000
-) -> GarmentReference:
+def measure_reference(classifier: FashionClassifier, data: str | Path | None = None, train: int = 2000) -> Reference:
     """Compute the reference from the data set.
 
     Args:
@@ -76,7 +76,7 @@ def measure_reference(
         train: number of training images, a multiple of ten: the first of each class.
 
     Returns:
-        A `GarmentReference`.
+        A `Reference`.
 
     Raises:
         DitaError: the data set was not found.
@@ -90,11 +90,11 @@ def measure_reference(
     accuracy = class_accuracy(pixels, labels, classifier).overall
     images, labels = load_fashion_mnist("train", data)
     by_class = torch.stack([(labels == i).nonzero().flatten()[: train // 10] for i in range(len(CLASSES))], 1)
-    return GarmentReference(test, accuracy, garment_features((images[by_class.flatten()] + 1) / 2, classifier))
+    return Reference(test, accuracy, garment_features((images[by_class.flatten()] + 1) / 2, classifier))
 
 
-def load_reference(folder: str | Path | None = None) -> GarmentReference:
-    """Load the reference that belongs to the classifier in `folder`, the bundled one if None.
+def load_reference(path: str | Path | None = None) -> Reference:
+    """Load a reference from its file, or from the folder of the classifier that it belongs to; the bundled one if None.
 
     Raises:
         DitaError: it is missing.
@@ -105,9 +105,11 @@ def load_reference(folder: str | Path | None = None) -> GarmentReference:
     """
     from safetensors.torch import load_file
 
-    path = (BUNDLED if folder is None else Path(folder)) / _FILE
+    path = BUNDLED if path is None else Path(path)
+    path = path / _FILE if path.is_dir() else path
     if not path.is_file():
-        raise DitaError(f"{path} is missing; `python -m dita.eval.training.classifier --out {path.parent}` writes it")
+        script = "classifier" if path.name == _FILE else "worldnet"
+        raise DitaError(f"{path} is missing; `python -m dita.eval.training.{script} --out {path.parent}` writes it")
     kept = load_file(path)
     test = Gaussian(kept["test_mean"], kept["test_covariance"], int(kept["test_count"]))
-    return GarmentReference(test, float(kept["test_accuracy"]), kept["train_features"])
+    return Reference(test, float(kept["test_accuracy"]), kept["train_features"])

@@ -19,7 +19,7 @@ class SpaceToDepthVAE(ModelMixin, ConfigMixin):
     the configuration names that FluxPipeline and WanPipeline read.
 
     Args:
-        block_out_channels: channels after each stage; its length alone decides: n stages shrink the sides 2^(n-1) times.
+        block_out_channels: channels after each stage; n stages shrink the sides 2^(n-1) times; only n matters.
         shift_factor: subtracted from latents by FluxPipeline, about the mean pixel.
         scaling_factor: multiplies latents after the shift in FluxPipeline, about one over the pixels' deviation.
         latents_mean: as shift_factor, for WanPipeline, one per channel.

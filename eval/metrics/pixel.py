@@ -13,25 +13,44 @@ _WINDOW = 11  # pixels that a Gaussian of sigma 1.5 covers when it is cut at 3.5
 
 def check_images(images: torch.Tensor, name: str = "images") -> torch.Tensor:
     """Return `images` as float32 if they are [N, C, H, W] floats in [0, 1], else raise a DitaError."""
-    if images.ndim != 4 or not images.is_floating_point():
-        raise DitaError(f"{name} is {images.dtype} {tuple(images.shape)}; expected a float tensor [N, C, H, W]")
-    images = images.float()
-    if images.numel() == 0:
-        raise DitaError(f"{name} is empty, {tuple(images.shape)}")
-    low, high = images.min().item(), images.max().item()
-    if not (low >= -1e-4 and high <= 1 + 1e-4):  # also refuses NaN
-        raise DitaError(f"{name} ranges over [{low:.4g}, {high:.4g}]; expected [0, 1]; divide or rescale it first")
-    return images
+    return _check(images, name, "N, C, H, W")
 
 
 def check_pair(images: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return both as float32 if each passes `check_images` and their shapes agree, else raise a DitaError."""
-    if images.shape != reference.shape:
+    _check_shapes(images, reference, "images")
+    return check_images(images), check_images(reference, "reference")
+
+
+def check_videos(videos: torch.Tensor, name: str = "videos") -> torch.Tensor:
+    """Return `videos` as float32 if they are [N, T, C, H, W] floats in [0, 1], else raise a DitaError."""
+    return _check(videos, name, "N, T, C, H, W")
+
+
+def check_video_pair(videos: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both as float32 if each passes `check_videos` and their shapes agree, else raise a DitaError."""
+    _check_shapes(videos, reference, "videos")
+    return check_videos(videos), check_videos(reference, "reference")
+
+
+def _check(values: torch.Tensor, name: str, layout: str) -> torch.Tensor:
+    if values.ndim != len(layout.split(", ")) or not values.is_floating_point():
+        raise DitaError(f"{name} is {values.dtype} {tuple(values.shape)}; expected a float tensor [{layout}]")
+    values = values.float()
+    if values.numel() == 0:
+        raise DitaError(f"{name} is empty, {tuple(values.shape)}")
+    low, high = values.min().item(), values.max().item()
+    if not (low >= -1e-4 and high <= 1 + 1e-4):  # also refuses NaN
+        raise DitaError(f"{name} ranges over [{low:.4g}, {high:.4g}]; expected [0, 1]; divide or rescale it first")
+    return values
+
+
+def _check_shapes(values: torch.Tensor, reference: torch.Tensor, name: str) -> None:
+    if values.shape != reference.shape:
         raise DitaError(
-            f"images have shape {tuple(images.shape)}, their reference {tuple(reference.shape)}; they are compared "
+            f"{name} have shape {tuple(values.shape)}, their reference {tuple(reference.shape)}; they are compared "
             "one by one and must agree"
         )
-    return check_images(images), check_images(reference, "reference")
 
 
 def psnr(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

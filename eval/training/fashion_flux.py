@@ -81,7 +81,9 @@ class FluxTraining(FlowTraining):
             self.teacher_forward: Any = self.teacher.transformer
             if args.compile:
                 self.teacher_forward = torch.compile(self.teacher.transformer)
-        self.image_ids = FluxPipeline._prepare_latent_image_ids(1, HEIGHT // 4, WIDTH // 4, torch.device("cpu"), torch.float32)
+        self.image_ids = FluxPipeline._prepare_latent_image_ids(
+            1, HEIGHT // 4, WIDTH // 4, torch.device("cpu"), torch.float32
+        )
 
     def build(self) -> FluxPipeline:
         return build_pipeline()
@@ -104,7 +106,13 @@ class FluxTraining(FlowTraining):
         return packed, texts
 
     def predict(
-        self, pipe: Any, forward: Any, noisy: torch.Tensor, level: torch.Tensor, texts: list[str], guidance: torch.Tensor
+        self,
+        pipe: Any,
+        forward: Any,
+        noisy: torch.Tensor,
+        level: torch.Tensor,
+        texts: list[str],
+        guidance: torch.Tensor,
     ) -> torch.Tensor:
         """Velocity [B, 128, 48] that a pipeline predicts at noise level [B]."""
         words, pooled, text_ids = pipe.encode_prompt(texts, max_sequence_length=LENGTH)

@@ -52,9 +52,7 @@ def build_t5() -> T5EncoderModel:
 
 def build_umt5() -> UMT5EncoderModel:
     """Build an untrained UMT5 encoder: 2 layers of width 128."""
-    return UMT5EncoderModel(
-        UMT5Config(vocab_size=_words(), pad_token_id=0, eos_token_id=3, dropout_rate=0.0, **_SMALL)
-    )
+    return UMT5EncoderModel(UMT5Config(vocab_size=_words(), pad_token_id=0, eos_token_id=3, dropout_rate=0.0, **_SMALL))
 
 
 def build_clip() -> CLIPTextModel:

@@ -14,7 +14,7 @@ from dita.eval.classifier import FashionClassifier
 from dita.eval.judge import Judge
 from dita.eval.metrics import Gaussian, garment_features
 from dita.eval.pipelines import load_pipeline
-from dita.eval.reference import GarmentReference
+from dita.eval.reference import Reference
 from dita.eval.training.identity_vae import build_identity_vae
 
 
@@ -56,4 +56,4 @@ def judge(untrained) -> Judge:
     """A judge on noise instead of garments."""
     images = torch.rand(200, 1, 32, 32, generator=torch.Generator().manual_seed(1))
     features = garment_features(images, untrained)
-    return Judge(untrained, GarmentReference(Gaussian.fit(features), 0.1, features))
+    return Judge(untrained, Reference(Gaussian.fit(features), 0.1, features))

@@ -1,0 +1,155 @@
+"""Train the network that reads the world, and keep what it sees in real renders.
+
+    python -m dita.eval.training.worldnet --minutes 20 --out eval/models/fashion-world
+
+Renders of Fashion-MNIST's training garments (scenes and clips, a little noise added), AdamW with a cosine schedule.
+The accuracies of its heads on renders of the 10,000 test garments go into `accuracy.json`, the features of real scenes
+and clips into `scene.safetensors` and `clip.safetensors`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from dita.eval.metrics.frechet import Gaussian
+from dita.eval.metrics.semantic import semantics
+from dita.eval.reference import Reference
+from dita.eval.world import (
+    COLOURS,
+    GARMENTS,
+    MOTIONS,
+    PLACES,
+    Clip,
+    Renderer,
+    Scene,
+    captions,
+    random_clip,
+    random_scene,
+    read_caption,
+)
+from dita.eval.worldnet import WorldNet
+
+_COLOURS, _MOTIONS = tuple(COLOURS), tuple(MOTIONS)
+_HELD_OUT = 4000
+_FLOOR_SAMPLES = 2000
+
+
+def scene_loss(net: WorldNet, scenes: list[Scene], images: torch.Tensor) -> torch.Tensor:
+    """Cross entropies of both halves of scenes [N, 3, 32, 64] in [-1, 1]; an empty half has no garment or colour."""
+    garment = torch.full((len(scenes), 2), -100)
+    colour = torch.full((len(scenes), 2), -100)
+    for row, scene in enumerate(scenes):
+        for item in scene.items:
+            side = PLACES.index(item.place)  # pyright: ignore[reportArgumentType]
+            garment[row, side], colour[row, side] = GARMENTS.index(item.garment), _COLOURS.index(item.colour)
+    reading = net.read(net.embedding(images))
+    occupied = (garment >= 0).float()
+    return (
+        F.cross_entropy(reading.garment.flatten(0, 1), garment.flatten())
+        + F.cross_entropy(reading.colour.flatten(0, 1), colour.flatten())
+        + F.binary_cross_entropy_with_logits(reading.occupied, occupied)
+    )
+
+
+def clip_loss(net: WorldNet, clips: list[Clip], videos: torch.Tensor) -> torch.Tensor:
+    """Cross entropies of clips [N, frames, 3, 32, 32] in [-1, 1]: garment and colour by frame, motion by clip."""
+    embedding = net.embedding(videos)
+    reading = net.read(embedding)
+    frames = videos.shape[1]
+    garment = torch.tensor([GARMENTS.index(clip.garment) for clip in clips]).repeat_interleave(frames)
+    colour = torch.tensor([_COLOURS.index(clip.colour) for clip in clips]).repeat_interleave(frames)
+    motion = torch.tensor([_MOTIONS.index(clip.motion) for clip in clips])
+    return (
+        F.cross_entropy(reading.garment.flatten(0, 1), garment)
+        + F.cross_entropy(reading.colour.flatten(0, 1), colour)
+        + F.binary_cross_entropy_with_logits(reading.occupied, torch.ones_like(reading.occupied))
+        + F.cross_entropy(net.read_motion(embedding), motion)
+    )
+
+
+def noisy(media: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Add noise of up to 0.1 to each sample, so that the network does not hang on what a generator cannot match."""
+    strength = 0.1 * torch.rand(len(media), *[1] * (media.ndim - 1), generator=generator)
+    return media + strength * torch.randn(media.shape, generator=generator)
+
+
+def train(args: argparse.Namespace) -> WorldNet:
+    """Train within the budget of minutes."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    renderer, net = Renderer("train", args.data), WorldNet()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.02)
+    start, step, shown = time.monotonic(), 0, 0.0
+    while (progress := (time.monotonic() - start) / (60 * args.minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        scenes = [random_scene(generator) for _ in range(64)]
+        clips = [random_clip(generator) for _ in range(20)]
+        videos = renderer.clips(clips, generator).transpose(1, 2)
+        kept = torch.arange(0, videos.shape[1], 3)  # evenly spaced, as the slope over time wants them
+        loss = scene_loss(net, scenes, noisy(renderer.scenes(scenes, generator), generator))
+        loss = loss + clip_loss(net, clips, noisy(videos[:, kept], generator))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step, shown = step + 1, shown + loss.item()
+        if step % 100 == 0:
+            print(f"step {step}, {progress:.0%}, loss {shown / 100:.4f}", flush=True)
+            shown = 0.0
+    return net.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def measure(net: WorldNet, out: Path, data: str | None) -> dict[str, dict[str, float]]:
+    """Write the accuracies on held-out renders and the features of real ones."""
+    result: dict[str, dict[str, float]] = {}
+    for kind in ("scene", "clip"):
+        features = {}
+        for split, count, seed in (("test", _HELD_OUT, 1), ("train", _FLOOR_SAMPLES, 2)):
+            renderer, generator = Renderer(split, data), torch.Generator().manual_seed(seed)
+            texts = captions(kind, count, seed)
+            media = torch.cat([_render(renderer, kind, texts[i : i + 250], generator) for i in range(0, count, 250)])
+            features[split] = torch.cat([net.features(part) for part in media.split(250)])
+            if split == "test":
+                found = semantics((media + 1) / 2, texts, net)
+                result[kind] = {name: values.mean().item() for name, values in found.parts.items()}
+                result[kind]["all"] = found.whole.mean().item()
+        Reference(Gaussian.fit(features["test"]), result[kind]["all"], features["train"]).save(
+            out / f"{kind}.safetensors"
+        )
+    (out / "accuracy.json").write_text(json.dumps({"held_out": _HELD_OUT, **result}, indent=2) + "\n")
+    return result
+
+
+def _render(renderer: Renderer, kind: str, texts: list[str], generator: torch.Generator) -> torch.Tensor:
+    asked = [read_caption(text) for text in texts]
+    if kind == "scene":
+        return renderer.scenes(asked, generator)  # pyright: ignore[reportArgumentType]
+    return renderer.clips(asked, generator).transpose(1, 2)  # pyright: ignore[reportArgumentType]
+
+
+def main() -> None:
+    """Parse the command line, train, measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="runs/fashion-world")
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--data", default=None, help="folder of Fashion-MNIST's idx files")
+    args = parser.parse_args()
+    net, out = train(args), Path(args.out)
+    net.half().float().save(out)
+    print(json.dumps(measure(net, out, args.data), indent=2))
+
+
+if __name__ == "__main__":
+    main()
