@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,31 +68,62 @@ def demo(model: Model = "fashion-dit", out: Out = Path("runs/quick"), threads: T
 
 @app.command()
 def sweep(
-    model: Model = "fashion-dit",
-    out: Out = Path("runs/sweep"),
+    file: Annotated[
+        Path | None, typer.Argument(help="YAML file with settings to compare and any of the options below.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A bundled pipeline by name, a folder, or a hub id.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where results, table, plot and report go.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer samples and settings: about three minutes.")] = False,
     methods: Annotated[
         list[str] | None, typer.Option("--methods", "-m", help="Only these methods; repeat, or join with commas.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Images per setting.")] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="Other projects' accelerators too, where installed.")] = False,
+    samples: Annotated[int | None, typer.Option(min=1, help="Images or videos per setting.")] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Solver steps of the uncached run.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the first image; the others count up.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the first sample; the others count up.")] = None,
     threads: Threads = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Images per call.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples per call.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0.0, help="Guidance scale.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File with a prompt a line.")] = None,
+    call: Annotated[
+        list[str] | None, typer.Option("--call", "-c", help="Argument of the pipeline's call, as height=512; repeat.")
+    ] = None,
+    clip: Annotated[str | None, typer.Option(help="Folder or hub id of a CLIP model, for the CLIP score.")] = None,
 ) -> None:
-    """Measure speed against quality: methods x strengths on one pipeline. Resumes where it stopped."""
+    """Measure speed against quality: methods x strengths on one pipeline. Resumes where it stopped.
+
+    Started by `accelerate launch -m dita sweep ...` on several processes, they share the samples.
+    """
+    given: dict[str, Any] = {
+        "model": model,
+        "out": out,
+        "quick": quick or None,
+        "methods": _split(methods),
+        "peers": peers or None,
+        "samples": samples,
+        "steps": steps,
+        "seed": seed,
+        "threads": threads,
+        "batch": batch,
+        "guidance": guidance,
+        "device": device,
+        "dtype": dtype,
+        "prompts": prompts,
+        "call": _arguments(call),
+        "clip": clip,
+    }
+    options: dict[str, Any] = {}
+    if file is not None:
+        from dita.eval.recipes import read_recipes
+
+        options = read_recipes(file)
+        unknown = sorted(set(options) - {*given, "settings"})
+        if unknown:
+            raise DitaError(f"{file} has unknown keys {', '.join(unknown)}; known are settings, {', '.join(given)}")
     _sweep(
-        model=model,
-        out=out,
-        quick=quick,
-        methods=_split(methods),
-        samples=samples,
-        steps=steps,
-        seed=seed,
-        threads=threads,
-        batch=batch,
-        guidance=guidance,
+        **{"out": Path("runs/sweep"), **options, **{name: value for name, value in given.items() if value is not None}}
     )
 
 
@@ -132,12 +164,30 @@ def doctor(
     raise typer.Exit(0 if diagnosis.usable else 1)
 
 
-def _sweep(*, out: Path, **options: Any) -> None:
+def _sweep(**options: Any) -> None:
     from dita.eval.sweep import run_sweep
 
-    report = Path(run_sweep(out=out, **{name: value for name, value in options.items() if value is not None}))
+    report = Path(run_sweep(**{name: value for name, value in options.items() if value is not None}))
+    if os.environ.get("RANK", "0") != "0":
+        return
     typer.echo(f"wrote {', '.join(sorted(path.name for path in report.parent.iterdir() if path.is_file()))}")
     typer.echo(f"in {report.parent}; open {report}")
+
+
+def _arguments(pairs: list[str] | None) -> dict[str, Any] | None:
+    """Read name=value pairs; a value that is JSON is taken as such, anything else as text."""
+    if pairs is None:
+        return None
+    read: dict[str, Any] = {}
+    for pair in pairs:
+        name, sign, text = pair.partition("=")
+        if not sign or not name.isidentifier():
+            raise DitaError(f"--call got {pair!r}; expected name=value, as in height=512")
+        try:
+            read[name] = json.loads(text)
+        except json.JSONDecodeError:
+            read[name] = text
+    return read
 
 
 def _split(names: list[str] | None) -> list[str] | None:

@@ -1,33 +1,48 @@
-"""Running one setting of a sweep: its images, its time next to plain runs, its operations, its report."""
+"""Running one setting of a sweep: its samples, its time next to plain runs, its operations, its report."""
 
 from __future__ import annotations
 
 import statistics
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 import dita
-from dita.errors import DitaWarning
+from dita.errors import DitaError, DitaWarning
 from dita.eval.flops import count_flops
-from dita.eval.sampling import Sampling, draw
+from dita.eval.group import Group
+from dita.eval.peers import Peer
+from dita.eval.sampling import Drawn, Sampling, draw
 from dita.eval.settings import PLAIN, Setting
 from dita.eval.timing import timed
 
 _LEAST_PAIRS = 2
 _UNSTEADY = 1.25  # largest over smallest time of the same plain run, above which a setting is marked
+_LETTERS = {"computed": "C", "reused": "R", "forecast": "F"}
+
+Observe = Callable[[Drawn, range], None]
 
 
 @dataclass
-class Measured:
-    """The images of a setting, float32 [samples, 1, 32, 32] in [0, 1], and what it cost, as JSON values."""
+class Cost:
+    """What one process measured of a setting; `merge` makes a row's numbers of several."""
 
-    images: torch.Tensor
-    cost: dict[str, Any]
+    flops: int = 0
+    first_batch: int = 0
+    seconds: list[float] = field(default_factory=list)
+    plain_seconds: list[float] = field(default_factory=list)
+    matched: list[float] = field(default_factory=list)  # own seconds next to each of plain_seconds
+    computed: list[float] = field(default_factory=list)
+    cache_bytes: list[int] = field(default_factory=list)
+    memory_bytes: int | None = None
+    timeline: dict[str, str] = field(default_factory=dict)
+    calibration_seconds: float | None = None
+    config: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -35,93 +50,84 @@ class Bench:
     """One pipeline on one device.
 
     Attributes:
-        pipe: a DiTPipeline without acceleration.
-        sampling: what every setting draws.
+        pipe: a pipeline without acceleration.
+        sampling: what every setting draws, all processes together.
         pairs: how often a setting is timed side by side with the plain run, at least twice.
+        group: the processes that share the batches.
         advance: called after each batch, for a progress bar.
-        plain_flops: operations of the plain run on the first batch; set by the first `run` of the plain setting.
     """
 
     pipe: Any
     sampling: Sampling
     pairs: int = 2
+    group: Group = Group()
     advance: Callable[[], None] = lambda: None
-    plain_flops: int | None = None
 
     @property
     def device(self) -> torch.device:
         return self.pipe.device
 
     @property
-    def first_batch(self) -> int:
-        """Images in the first batch, which is as large as any."""
-        return len(next(self.sampling.batches()))
+    def batches(self) -> list[range]:
+        """Indices of the calls of this process."""
+        batches = list(self.sampling.batches())
+        if len(batches) < self.group.size:
+            raise DitaError(
+                f"{self.sampling.samples} samples in batches of {self.sampling.batch} are {len(batches)} calls, too "
+                f"few for {self.group.size} processes; draw more samples or make the batches smaller"
+            )
+        return self.group.share(batches)
 
-    def run(self, setting: Setting) -> Measured:
-        """Draw all images of a setting.
+    def run(self, setting: Setting, observe: Observe) -> Cost:
+        """Draw this process's samples of a setting and hand each batch to `observe`.
 
         The first batch warms up and has its operations counted; it is not timed. Every later full batch is timed, and
         some of them are followed at once by the plain run of the same batch, so that whatever else the machine does
         strikes both. Where there are too few batches the first is drawn again.
-
-        Args:
-            setting: what to run. The plain setting must come first if the ratio of operations is wanted.
-
-        Returns:
-            Images and cost. Speedup is the median over these pairs of plain seconds / own seconds; where the plain
-            seconds of the pairs differ by more than a quarter, a note says so.
         """
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", DitaWarning)
-            images, cost = self._measure(setting)
-        notes = [str(warning.message) for warning in caught if issubclass(warning.category, DitaWarning)]
+            cost = self._measure(setting, observe)
+        ours = [warning for warning in caught if issubclass(warning.category, DitaWarning)]
         for warning in caught:
-            if not issubclass(warning.category, DitaWarning):
+            if warning not in ours:
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-        fastest, slowest = min(cost["plain_seconds"]), max(cost["plain_seconds"])
+        cost.notes += [str(warning.message) for warning in ours]
+        fastest, slowest = min(cost.plain_seconds), max(cost.plain_seconds)
         if slowest > _UNSTEADY * fastest:
-            notes.append(f"unsteady machine: the plain run took {fastest:.2f} to {slowest:.2f} s, so doubt the speedup")
-        return Measured(images, {**cost, **({"notes": list(dict.fromkeys(notes))} if notes else {})})
+            took = f"the plain run took {fastest:.2f} to {slowest:.2f} s"
+            cost.notes.append(f"unsteady machine: {took}, so doubt the speedup")
+        return cost
 
-    def _measure(self, setting: Setting) -> tuple[torch.Tensor, dict[str, Any]]:
-        setting, calibration = self._calibrated(setting)
-        first, *rest = self.sampling.batches()
-        flops, images, run = self._counted(setting, first)
-        parts, runs, seconds, plain = [images], [run], [], []
+    def _measure(self, setting: Setting, observe: Observe) -> Cost:
+        cost = Cost(computed=[] if setting.config else [setting.steps / self.sampling.steps])
+        setting, cost.calibration_seconds = self._calibrated(setting)
+        cost.config = setting.config.to_dict() if setting.config else None
+        first, *rest = self.batches
+        cost.first_batch = len(first)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with self._attached(setting, cost, first=True):
+            cost.flops, drawn = count_flops(lambda: draw(self.pipe, self.sampling, first, setting.steps))
+        if self.device.type == "cuda":
+            cost.memory_bytes = torch.cuda.max_memory_allocated(self.device)
+        observe(drawn, first)
+        self.advance()
         full = [indices for indices in rest if len(indices) == len(first)]
         paired = {int((number + 0.5) * len(full) / self.pairs) for number in range(self.pairs)}
-        matched = []
         for position, indices in enumerate(rest):
-            images, taken, run = self._timed(setting, indices)
-            parts.append(images)
-            runs.append(run)
+            drawn, taken = self._timed(setting, indices, cost)
+            observe(drawn, indices)
             if len(indices) == len(first):
-                seconds.append(taken)
+                cost.seconds.append(taken)
                 if position in paired:
-                    plain.append(self._plain(setting, indices, taken))
-                    matched.append(taken)
+                    self._pair(setting, indices, taken, cost)
             self.advance()
-        while len(plain) < _LEAST_PAIRS:
-            taken = self._timed(setting, first)[1]
-            seconds.append(taken)
-            plain.append(self._plain(setting, first, taken))
-            matched.append(taken)
-        if setting.method == PLAIN:
-            self.plain_flops = flops
-        middle = statistics.median(seconds)
-        cost: dict[str, Any] = {
-            "speedup": statistics.median(p / own for p, own in zip(plain, matched, strict=True)),
-            "seconds_per_image": middle / len(first),
-            "plain_seconds_per_image": statistics.median(plain) / len(first),
-            "seconds": [round(value, 5) for value in seconds],
-            "plain_seconds": [round(value, 5) for value in plain],
-            "flops_per_image": flops / len(first),
-            "flops_ratio": flops / self.plain_flops if self.plain_flops else None,
-            **self._reported(setting, [run for run in runs if run is not None]),
-        }
-        if calibration is not None:
-            cost["calibration_seconds"] = calibration
-        return torch.cat(parts), cost
+        while len(cost.plain_seconds) < _LEAST_PAIRS:
+            taken = self._timed(setting, first, Cost())[1]
+            cost.seconds.append(taken)
+            self._pair(setting, first, taken, cost)
+        return cost
 
     def _calibrated(self, setting: Setting) -> tuple[Setting, float | None]:
         config = setting.config
@@ -135,34 +141,93 @@ class Bench:
         )
         return replace(setting, config=kept[0]), taken
 
-    def _attached(self, setting: Setting):
-        return nullcontext() if setting.config is None else dita.accelerated(self.pipe, setting.config)
+    @contextmanager
+    def _attached(self, setting: Setting, cost: Cost, first: bool = False) -> Iterator[None]:
+        if setting.config is None:
+            yield
+        elif isinstance(setting.config, Peer):
+            with setting.config.attached(self.pipe) as counter:
+                yield
+            cost.computed.append(counter.computed_fraction)
+        else:
+            with dita.accelerated(self.pipe, setting.config):
+                yield
+                run = dita.report(self.pipe).last
+            cost.computed.append(run.computed_fraction)
+            cost.cache_bytes.append(run.peak_cache_bytes)
+            if first:
+                cost.timeline = timeline(run)
 
-    def _counted(self, setting: Setting, indices: range) -> tuple[int, torch.Tensor, Any]:
-        with self._attached(setting):
-            flops, images = count_flops(lambda: draw(self.pipe, self.sampling, indices, setting.steps))
-            run = dita.report(self.pipe).last if setting.config is not None else None
-        self.advance()
-        return flops, images, run
-
-    def _timed(self, setting: Setting, indices: range) -> tuple[torch.Tensor, float, Any]:
-        kept = []
-        with self._attached(setting):
+    def _timed(self, setting: Setting, indices: range, cost: Cost) -> tuple[Drawn, float]:
+        kept: list[Drawn] = []
+        with self._attached(setting, cost):
             call = lambda: kept.append(draw(self.pipe, self.sampling, indices, setting.steps))  # noqa: E731
             seconds = timed(call, self.device)
-            run = dita.report(self.pipe).last if setting.config is not None else None
-        return kept[0], seconds, run
+        return kept[0], seconds
 
-    def _plain(self, setting: Setting, indices: range, taken: float) -> float:
-        if setting.method == PLAIN:
-            return taken
-        return timed(lambda: draw(self.pipe, self.sampling, indices), self.device)
+    def _pair(self, setting: Setting, indices: range, taken: float, cost: Cost) -> None:
+        plain = taken
+        if setting.method != PLAIN:
+            plain = timed(lambda: draw(self.pipe, self.sampling, indices), self.device)
+        cost.plain_seconds.append(plain)
+        cost.matched.append(taken)
 
-    def _reported(self, setting: Setting, runs: list[Any]) -> dict[str, Any]:
-        if setting.config is None:
-            return {"computed_fraction": setting.steps / self.sampling.steps, "peak_cache_bytes": 0}
-        return {
-            "computed_fraction": statistics.fmean(run.computed_fraction for run in runs),
-            "peak_cache_bytes": max(run.peak_cache_bytes for run in runs),
-            "resolved_config": setting.config.to_dict(),
-        }
+
+def timeline(run: Any) -> dict[str, str]:
+    """Write what each transformer call of a run did, by branch: C computed, R reused, F forecast.
+
+    Args:
+        run: a `RunReport`.
+
+    Example:
+        >>> timeline(dita.report(pipe).last)  # doctest: +SKIP
+        {'cond': 'CCRRF', 'uncond': 'CCRRF'}
+    """
+    streams = run.settle().streams()
+    models = {model for model, _, _ in streams}
+    lines = {}
+    for (model, branch, stage), records in streams.items():
+        name = branch if stage == 0 else f"{branch}/{stage}"
+        name = name if len(models) == 1 else f"{model} {name}"
+        lines[name] = "".join(_LETTERS[record.action] for record in records)
+    return lines
+
+
+def merge(costs: list[Cost], plain_flops: float | None) -> dict[str, Any]:
+    """Make a row's numbers of what each process measured.
+
+    Args:
+        costs: one of each process, by rank; operations and timeline are those of the first.
+        plain_flops: operations per sample of the plain run, or None.
+
+    Returns:
+        JSON values. Speedup is the median over all pairs of plain seconds / own seconds.
+    """
+    first = costs[0]
+    joined = {
+        name: [x for cost in costs for x in getattr(cost, name)] for name in ("seconds", "plain_seconds", "matched")
+    }
+    flops = first.flops / first.first_batch
+    pairs = zip(joined["plain_seconds"], joined["matched"], strict=True)
+    row: dict[str, Any] = {
+        "speedup": statistics.median(plain / own for plain, own in pairs),
+        "seconds_per_image": statistics.median(joined["seconds"]) / first.first_batch,
+        "plain_seconds_per_image": statistics.median(joined["plain_seconds"]) / first.first_batch,
+        "seconds": [round(value, 5) for value in joined["seconds"]],
+        "plain_seconds": [round(value, 5) for value in joined["plain_seconds"]],
+        "flops_per_image": flops,
+        "flops_ratio": flops / plain_flops if plain_flops else None,
+        "computed_fraction": statistics.fmean(x for cost in costs for x in cost.computed),
+        "peak_cache_bytes": max((x for cost in costs for x in cost.cache_bytes), default=0),
+        "processes": len(costs),
+    }
+    if first.timeline:
+        row["timeline"] = first.timeline
+    if first.config is not None:
+        row["resolved_config"] = first.config
+    if first.memory_bytes is not None:
+        row["peak_memory_bytes"] = max(cost.memory_bytes or 0 for cost in costs)
+    if first.calibration_seconds is not None:
+        row["calibration_seconds"] = first.calibration_seconds
+    notes = list(dict.fromkeys(note for cost in costs for note in cost.notes))
+    return {**row, **({"notes": notes} if notes else {})}

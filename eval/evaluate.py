@@ -1,6 +1,6 @@
-"""The numbers of a model card: does the bundled pipeline draw what it is asked for?
+"""The numbers of a model card: does a bundled pipeline draw what it is asked for?
 
-python -m dita.eval.evaluate fashion-dit --samples 1000 --out runs/fashion-dit.json
+python -m dita.eval.evaluate fashion-flux --samples 500 --out runs/fashion-flux.json
 """
 
 from __future__ import annotations
@@ -8,48 +8,53 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dita.eval.data import CLASSES
+from dita.errors import DitaError
 from dita.eval.environment import code_version, device_name, library_versions
-from dita.eval.judge import Judge
-from dita.eval.metrics import class_accuracy, fd_garment
+from dita.eval.judge import Values, make_judge
 from dita.eval.pipelines import fingerprint, load_pipeline, pipeline_folder
 from dita.eval.sampling import Sampling, check_pipeline, draw
+from dita.eval.task import task_of
 from dita.eval.timing import pinned_threads
+
+_PLAIN_WORDS = {"a", "an", "and", "on", "the", "moving", "standing"}
 
 
 def evaluate_pipeline(
     model: str | Path = "fashion-dit",
     samples: int = 1000,
-    steps: int = 50,
-    guidance: float = 3.0,
+    steps: int | None = None,
+    guidance: float | None = None,
     seed: int = 0,
     batch: int = 50,
     threads: int = 0,
     device: str = "cpu",
+    call: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Draw garments without acceleration and judge them.
+    """Draw samples without acceleration and judge them.
 
     Args:
-        model: bundled pipeline by name, or the folder of a DiTPipeline that draws 32x32 grey garments.
-        samples: number of images; as many of each class as possible.
-        steps: solver steps.
+        model: bundled pipeline by name, or a folder with a sampling.json that names a judge.
+        samples: number of images or videos.
+        steps: solver steps; the pipeline's own if None, as for guidance.
         guidance: scale of classifier-free guidance.
-        seed: of the images.
-        batch: images in one call.
+        seed: of the samples and of the captions.
+        batch: samples in one call.
         threads: CPU threads; 0 keeps torch's number.
         device: where to run.
+        call: further arguments of the pipeline's call, over its own.
 
     Returns:
-        JSON values: class accuracy over all and by class, that of the real test images, FD-garment to the test set
-        next to the floor of as many training images (None above 2,000), and how it was measured.
+        JSON values: the judge's numbers, in "real" those of as many real samples, accuracy by class or by what the
+        captions ask, and how it was measured.
 
     Raises:
-        DitaError: the pipeline is unknown or draws something else.
+        DitaError: the pipeline is unknown, or no judge reads what it draws.
 
     Example:
         >>> evaluate_pipeline("fashion-dit", samples=100)["class_accuracy"]  # doctest: +SKIP
@@ -58,31 +63,39 @@ def evaluate_pipeline(
     from rich.progress import track
 
     folder = pipeline_folder(model)
+    task = task_of(folder)
+    if task.judge == "none":
+        raise DitaError(f"{folder} has no sampling.json that says who judges its samples")
     pipe: Any = load_pipeline(folder, device=device)
-    check_pipeline(pipe)
-    judge = Judge()
-    sampling = Sampling(samples, batch, steps, guidance, seed)
+    sampling = Sampling(
+        samples,
+        batch,
+        steps or task.steps,
+        task.guidance if guidance is None else guidance,
+        seed,
+        task.prompts(samples, seed),
+        {**task.call, **(call or {})},
+    )
+    check_pipeline(pipe, sampling)
+    judge = make_judge(task, False)
+    observed: list[Values] = []
     start = time.monotonic()
     with pinned_threads(threads) as used:
-        batches = track(list(sampling.batches()), description="sampling", transient=True)
-        images = torch.cat([draw(pipe, sampling, indices) for indices in batches])
-        seconds = time.monotonic() - start
-        accuracy = class_accuracy(images, sampling.labels(), judge.classifier)
-        distance = fd_garment(images, judge.reference.test, judge.classifier) if samples > 1 else None
-    floor = judge.floor(samples)
+        for indices in track(list(sampling.batches()), description="sampling", transient=True):
+            observed.append(judge.observe(draw(pipe, sampling, indices), None, sampling, indices))
+    joined = {name: torch.cat([values[name] for values in observed]) for name in observed[0]}
     return {
         "model": str(model),
         "weights": fingerprint(folder),
         "samples": samples,
-        "steps": steps,
-        "guidance": guidance,
+        "steps": sampling.steps,
+        "guidance": sampling.guidance,
+        "call": dict(sampling.call),
         "seed": seed,
-        "class_accuracy": round(accuracy.overall, 4),
-        "class_accuracy_by_class": {CLASSES[i]: round(value, 4) for i, value in accuracy.per_class.items()},
-        "class_accuracy_of_test_images": round(floor["class_accuracy"], 4),
-        "fd_garment": distance,
-        "fd_garment_floor": floor.get("fd_garment"),
-        "seconds": round(seconds, 1),
+        **judge.summarise(joined),
+        "by_word": by_word(joined, sampling),
+        "real": judge.floor(samples),
+        "seconds": round(time.monotonic() - start, 1),
         "threads": used,
         "device": device_name(device),
         "code": code_version(),
@@ -90,17 +103,29 @@ def evaluate_pipeline(
     }
 
 
+def by_word(joined: Values, sampling: Sampling) -> dict[str, float]:
+    """Share of right samples among those whose caption holds a word: class accuracy, else semantic accuracy."""
+    right = joined.get("class_accuracy", joined.get("semantic_accuracy"))
+    if right is None:
+        return {}
+    captions = sampling.captions(range(sampling.samples))
+    named = [set(text.split()) - _PLAIN_WORDS if sampling.prompts else {text} for text in captions]
+    members = {word: [i for i, words in enumerate(named) if word in words] for word in sorted(set().union(*named))}
+    return {word: round(right[torch.tensor(chosen)].float().mean().item(), 4) for word, chosen in members.items()}
+
+
 def main() -> None:
     """Parse the command line, evaluate, print and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="fashion-dit", help="bundled pipeline by name, or a folder")
     parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--guidance", type=float, default=None)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--threads", type=int, default=0, help="0 keeps torch's number")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--call", type=json.loads, default=None, help="further arguments of the call, as JSON")
     parser.add_argument("--out", type=Path, default=None, help="JSON file")
     options = vars(parser.parse_args())
     out = options.pop("out")

@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from dita.eval.rows import psnr_of
+from dita.eval.columns import METRICS, Metric
+from dita.eval.films import join, shrink
+from dita.eval.looks import Look, looks
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#44aa99")
-_MARKERS = "osD^vPX*"
+WIDE = 30.0  # largest over smallest value of a distance, above which its axis is logarithmic
+_DISTANCES = ("fd_world", "fd_garment", "fid")
+_FRONT = "Pareto front"
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -39,10 +41,13 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def plot_sweep(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> bytes:
-    """Draw PSNR to the uncached run and FD-garment to the data against speedup; every point is one setting.
+    """Draw quality against speedup; every point is one setting.
+
+    The panels: PSNR to the uncached run, the Frechet distance to the data, and the semantic accuracy if there is any.
+    Markers are filled for dita's methods, hollow for other libraries', grey crosses for fewer steps.
 
     Args:
-        rows: from `read_rows`; rows with errors are left out.
+        rows: of one pipeline, from `read_rows`; rows with errors are left out.
         path: where the PNG goes.
         title: above the picture.
 
@@ -57,60 +62,96 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str =
     matplotlib.use("agg", force=False)
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12.5, 5.2), layout="constrained")
-    panels = figure.subplots(1, 2)
-    shown = [row for row in rows if not row.get("error") and row["method"] not in ("plain", "data")]
-    by_name = {row["method"]: row for row in rows if row["method"] in ("plain", "data")}
-    _panel(panels[0], [(row, psnr_of(row)) for row in shown], higher_is_better=True)
-    _panel(panels[1], [(row, row.get("fd_garment")) for row in shown], higher_is_better=False)
-    panels[0].axhline(30, color="#888888", linewidth=0.8, linestyle=":")
-    panels[0].set_ylabel("PSNR to the uncached run, dB")
-    for name, style, text in (("plain", "--", "uncached run"), ("data", ":", "real training images")):
-        value = by_name.get(name, {}).get("fd_garment")
-        if value is not None:
-            panels[1].axhline(value, color="#444444", linewidth=0.9, linestyle=style, label=text)
-    panels[1].set_ylabel("FD-garment to the test set (lower is better)")
-    for panel in panels:
-        panel.set_xlabel("speedup, wall clock")
-        panel.grid(color="#e4e4e4", linewidth=0.7)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
-    if panels[1].get_legend_handles_labels()[0]:
-        panels[1].legend(frameon=False, fontsize=9)
+    sound = [row for row in rows if not row.get("error")]
+    shown = [row for row in sound if row["method"] not in ("plain", "data") and row.get("speedup") is not None]
+    styles = looks(shown)
+    metrics = _panels(sound)
+    figure = Figure(figsize=(6.2 * len(metrics), 4.9 + 0.22 * math.ceil((len(styles) + 1) / 6)), layout="constrained")
+    for panel, metric in zip(figure.subplots(1, len(metrics)), metrics, strict=True):
+        _draw(panel, metric, shown, styles)
+        _compare(panel, metric, sound)
+    handles = {label: handle for panel in figure.axes for handle, label in zip(*_legend(panel), strict=True)}
+    order = [name for name in (*styles, _FRONT) if name in handles]
+    if order:
+        columns = min(len(order), 3 * len(metrics))
+        figure.legend(
+            [handles[name] for name in order], order, loc="outside lower center", ncols=columns, frameon=False
+        )
     figure.suptitle(title, fontsize=11)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110)
-    Path(path).write_bytes(stream.getvalue())
-    return stream.getvalue()
+    small = _palette(stream)
+    Path(path).write_bytes(small)
+    return small
 
 
-def _panel(panel: Any, points: list[tuple[Mapping[str, Any], float | None]], higher_is_better: bool) -> None:
-    usable = [(row, value) for row, value in points if value is not None and math.isfinite(value)]
-    methods = list(dict.fromkeys(row["method"] for row, _ in usable))
-    accelerators = [name for name in methods if name != "fewer steps"]
-    for name in methods:
+def _panels(rows: Sequence[Mapping[str, Any]]) -> list[Metric]:
+    by_name = {metric.name: metric for metric in METRICS}
+    present = [name for name in _DISTANCES if any(row.get(name) is not None for row in rows)]
+    names = ["psnr", present[0] if present else "fd_garment", "semantic_accuracy"]
+    return [by_name[name] for name in names if name != names[-1] or any(row.get(name) is not None for row in rows)]
+
+
+def _draw(panel: Any, metric: Metric, rows: Sequence[Mapping[str, Any]], styles: Mapping[str, Look]) -> None:
+    measured = [(row, metric.value(row)) for row in rows]
+    usable = [(row, value) for row, value in measured if value is not None and math.isfinite(value)]
+    for name, look in styles.items():
         line = sorted((row["speedup"], value) for row, value in usable if row["method"] == name)
-        position = accelerators.index(name) if name in accelerators else 0
-        look: dict[str, Any] = {
-            "color": _COLOURS[position % len(_COLOURS)], "marker": _MARKERS[position % len(_MARKERS)],
-        } if name in accelerators else {"color": "#777777", "marker": "x", "linestyle": "--"}  # fmt: skip
-        panel.plot(*zip(*line, strict=True), label=name, linewidth=1.4, markersize=5.5, **look)
-    sign = 1 if higher_is_better else -1
-    pairs = [(row["speedup"], sign * value) for row, value in usable]
-    front = pareto(pairs)
+        if line:
+            inside = "none" if look.origin == "peer" else look.colour
+            panel.plot(
+                *zip(*line, strict=True), label=name, color=(look.colour, 0.5), linestyle=look.line, linewidth=1.3,
+                marker=look.marker, markerfacecolor=inside, markeredgecolor=look.colour, markersize=6,
+                markeredgewidth=1.3,
+            )  # fmt: skip
+    front = pareto([(row["speedup"], metric.rank(value)) for row, value in usable])
     panel.plot(
-        [pairs[i][0] for i in front],
-        [sign * pairs[i][1] for i in front],
-        color="#000000", alpha=0.18, linewidth=6, solid_capstyle="round", zorder=0, label="Pareto front",
+        [usable[index][0]["speedup"] for index in front], [usable[index][1] for index in front], drawstyle="steps-pre",
+        color="#000000", alpha=0.16, linewidth=6, solid_capstyle="round", zorder=0, label=_FRONT,
     )  # fmt: skip
+    values = [value for _, value in usable]
+    if values and metric.better == "lower" and min(values) > 0 and max(values) > WIDE * min(values):
+        panel.set_yscale("log")
+    panel.set_xlabel("speedup, wall clock")
+    panel.set_ylabel(f"{metric.title} ({metric.better} is better)")
+    panel.grid(color="#e4e4e4", linewidth=0.7)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    if metric.form.endswith("%"):
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
 
-def strip(images: torch.Tensor, gap: int = 2) -> bytes:
+def _compare(panel: Any, metric: Metric, rows: Sequence[Mapping[str, Any]]) -> None:
+    levels = [(30.0, ":", "")] if metric.name == "psnr" else []
+    for name, style, text in (("plain", "--", "uncached run"), ("data", ":", "real data")):
+        found = next((metric.value(row) for row in rows if row["method"] == name), None)
+        if found is not None:
+            levels.append((found, style, text))
+    for value, style, text in levels:
+        panel.axhline(value, color="#444444", linewidth=0.9, linestyle=style)
+        right = panel.get_yaxis_transform()
+        panel.text(1.0, value, text, transform=right, ha="right", va="bottom", fontsize=8, color="#444444")
+
+
+def _legend(panel: Any) -> tuple[list[Any], list[str]]:
+    return panel.get_legend_handles_labels()
+
+
+def _palette(stream: io.BytesIO) -> bytes:
+    from PIL import Image
+
+    result = io.BytesIO()
+    Image.open(stream).convert("RGB").quantize(192, dither=Image.Dither.NONE).save(result, format="png", optimize=True)
+    return result.getvalue()
+
+
+def strip(images: torch.Tensor, gap: int = 2, limit: int = 128) -> bytes:
     """Lay images side by side in one PNG.
 
     Args:
         images: float [N, 1 or 3, H, W] in [0, 1].
         gap: white pixels between them.
+        limit: longest side of an image in the picture, in pixels; larger ones are averaged down.
 
     Returns:
         The bytes of an 8-bit PNG of H x (N W + (N - 1) gap) pixels.
@@ -121,10 +162,8 @@ def strip(images: torch.Tensor, gap: int = 2) -> bytes:
     """
     from PIL import Image
 
-    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    white = np.full((pixels.shape[1], gap, pixels.shape[3]), 255, np.uint8)
-    parts = [part for image in pixels for part in (white, image)][1:]
-    joined = np.concatenate(parts, axis=1)
+    pixels = (shrink(images, limit).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    joined = join(list(pixels), gap, axis=1)
     stream = io.BytesIO()
     Image.fromarray(joined.squeeze(-1) if joined.shape[-1] == 1 else joined).save(stream, format="png", optimize=True)
     return stream.getvalue()

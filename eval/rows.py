@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from dita.errors import DitaError
+from dita.eval.columns import COLUMNS, Column, psnr_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 Row = dict[str, Any]
+_BASELINES = ("plain", "data", "fewer steps")
+_ON_CONSOLE = (
+    "method", "setting", "speedup", "computed", "PSNR dB", "perceptual dist.", "FD-garment", "FD-world",
+    "class acc.", "semantic acc.",
+)  # fmt: skip
 
 
 def append_row(path: str | Path, row: Mapping[str, Any]) -> None:
@@ -58,16 +63,14 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
-def psnr_of(row: Mapping[str, Any]) -> float:
-    """Mean PSNR of a row in dB; inf if every image was identical, -inf if there is none.
+def origin_of(row: Mapping[str, Any]) -> str:
+    """Whose method a row is: "dita", "peer", or "baseline" for the plain sampler and the data.
 
     Example:
-        >>> psnr_of({"psnr": None, "identical": 16, "samples": 16})
-        inf
+        >>> origin_of({"method": "fewer steps"}), origin_of({"method": "taylorseer"})
+        ('baseline', 'dita')
     """
-    if row.get("psnr") is not None:
-        return float(row["psnr"])
-    return math.inf if row.get("samples") and row.get("identical") == row.get("samples") else -math.inf
+    return row.get("origin") or ("baseline" if row["method"] in _BASELINES else "dita")
 
 
 def best_at(rows: Iterable[Mapping[str, Any]], psnr: float = 30.0) -> dict[str, Mapping[str, Any] | None]:
@@ -95,70 +98,46 @@ def best_at(rows: Iterable[Mapping[str, Any]], psnr: float = 30.0) -> dict[str, 
     return best
 
 
-class Column(NamedTuple):
-    """One column of the table: heading, how a row becomes text, and what the heading means."""
+def used_columns(rows: Iterable[Mapping[str, Any]]) -> list[Column]:
+    """The columns in which some row has something; task, media and frames only where the rows differ in them.
 
-    title: str
-    text: Callable[[Mapping[str, Any]], str]
-    meaning: str
-
-
-def _number(name: str, form: str, factor: float = 1.0) -> Callable[[Mapping[str, Any]], str]:
-    def text(row: Mapping[str, Any]) -> str:
-        value = row.get(name)
-        return "" if value is None else format(value if factor == 1 else value * factor, form)
-
-    return text
-
-
-def _psnr_text(row: Mapping[str, Any]) -> str:
-    value = psnr_of(row)
-    return "" if value == -math.inf else "identical" if value == math.inf else f"{value:.1f}"
+    Example:
+        >>> [column.title for column in used_columns([{"method": "plain", "label": "50 steps", "media": "image"}])]
+        ['method', 'setting']
+    """
+    rows, used = list(rows), []
+    for column in COLUMNS:
+        texts = {column.text(row) for row in rows} - {""}
+        if len(texts) > (1 if column.context else 0):
+            used.append(column)
+    return used
 
 
-COLUMNS: tuple[Column, ...] = (
-    Column("method", lambda row: row["method"], "registry name"),
-    Column("setting", lambda row: row["label"], "what varies along the method's ladder"),
-    Column(
-        "speedup",
-        _number("speedup", ".2f"),
-        "plain seconds / own seconds, the same batch one after the other; median",
-    ),
-    Column("ms/image", _number("seconds_per_image", ".1f", 1000), "wall-clock time of a whole run, per image"),
-    Column("FLOPs", _number("flops_ratio", ".1%"), "operations counted, of the plain run's"),
-    Column("computed", _number("computed_fraction", ".1%"), "transformer steps computed, of the plain run's"),
-    Column("cache MiB", _number("peak_cache_bytes", ".2f", 2**-20), "largest extra memory held, for one batch"),
-    Column("PSNR dB", _psnr_text, "to the plain run, same seeds; mean over images that differ"),
-    Column("SSIM", _number("ssim", ".3f"), "to the plain run, same seeds"),
-    Column("garment dist.", _number("perceptual", ".4f"), "perceptual distance to the plain run, bundled classifier"),
-    Column("LPIPS", _number("lpips", ".4f"), "to the plain run, AlexNet"),
-    Column("FD-garment", _number("fd_garment", ".2f"), "Frechet distance to the test set, bundled classifier"),
-    Column("FID", _number("fid", ".2f"), "Frechet distance to the test set, Inception-v3"),
-    Column("class acc.", _number("class_accuracy", ".1%"), "images recognised as the class asked for"),
-    Column("samples", _number("samples", "d"), "images drawn"),
-)
-
-
-_LEFT_OUT_ON_CONSOLE = ("ms/image", "FLOPs", "cache MiB", "SSIM", "LPIPS", "FID", "samples")
-
-
-def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+def table(rows: list[Row], intervals: bool = False) -> tuple[list[str], list[list[str]]]:
     """Lay rows out as headings and cells of text, without columns that are empty throughout; an error fills its row.
+
+    Args:
+        rows: from `read_rows`.
+        intervals: write the 95 % interval behind a value that has one, as "33.8 [32.9, 34.7]".
 
     Example:
         >>> table([{"method": "plain", "label": "50 steps", "samples": 16}])
         (['method', 'setting', 'samples'], [['plain', '50 steps', '16']])
     """
-    cells = [[column.text(row) for column in COLUMNS] for row in rows]
-    for row, line in zip(rows, cells, strict=True):
+    columns = used_columns(rows)
+    cells = []
+    for row in rows:
+        spreads = [column.spread(row) if intervals else "" for column in columns]
+        texts = [column.text(row) for column in columns]
+        line = [f"{text} {spread}" if text and spread else text for text, spread in zip(texts, spreads, strict=True)]
         if row.get("error"):
             line[1] = f"{line[1]}: failed: {row['error']}"
-    used = [index for index in range(len(COLUMNS)) if any(line[index] for line in cells)]
-    return [COLUMNS[index].title for index in used], [[line[index] for index in used] for line in cells]
+        cells.append(line)
+    return [column.title for column in columns], cells
 
 
-def to_markdown(rows: list[Row]) -> str:
-    """Write rows as a GitHub table, ending in a newline.
+def to_markdown(rows: list[Row], intervals: bool = True) -> str:
+    """Write rows as a GitHub table, ending in a newline; `intervals` as in `table`.
 
     Example:
         >>> print(to_markdown([{"method": "plain", "label": "50 steps", "samples": 16}]), end="")
@@ -166,8 +145,20 @@ def to_markdown(rows: list[Row]) -> str:
         |---|---|---:|
         | plain | 50 steps | 16 |
     """
-    head, cells = table(rows)
-    rule = "|".join("---" if title in ("method", "setting") else "---:" for title in head)
+    head, cells = table(rows, intervals)
+    return markdown_table(head, cells, left=("method", "setting", "origin", "task", "media"))
+
+
+def markdown_table(head: Sequence[str], cells: Iterable[Sequence[str]], left: Collection[str] = ()) -> str:
+    """Write headings and cells of text as a GitHub table; the columns named in `left` are set left, the rest right.
+
+    Example:
+        >>> print(markdown_table(["a", "b"], [["x|y", "1"]], left=["a"]), end="")
+        | a | b |
+        |---|---:|
+        | x\\|y | 1 |
+    """
+    rule = "|".join("---" if title in left else "---:" for title in head)
     lines = [head, *([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in cells)]
     text = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join([text[0], f"|{rule}|", *text[1:]]) + "\n"
@@ -179,7 +170,7 @@ def to_rich(rows: list[Row], title: str | None = None) -> Table:
     from rich.table import Table
 
     head, cells = table(rows)
-    shown = [place for place, name in enumerate(head) if name not in _LEFT_OUT_ON_CONSOLE]
+    shown = [place for place, name in enumerate(head) if name in _ON_CONSOLE]
     result = Table(title=title)
     for place in shown:
         result.add_column(head[place], justify="left" if head[place] in ("method", "setting") else "right")

@@ -16,12 +16,15 @@ from dita.eval.sampling import Sampling
 
 if TYPE_CHECKING:
     from dita.config import Method
+    from dita.eval.peers import Peer
 
 FEWER_STEPS = "fewer steps"
 PLAIN = "plain"
 _FEWER_STEPS_LADDER = (0.8, 0.5, 0.4, 0.3, 0.24, 0.2, 0.16)  # of the plain run's steps
-_ROOMS = ("caching", "kernels", "schedulers", "eval/metrics")
-_EVAL_FILES = ("bench.py", "classifier.py", "data.py", "flops.py", "sampling.py", "timing.py")
+_ROOMS = ("caching", "kernels", "schedulers", "eval/metrics", "eval/peers")
+_EVAL_FILES = tuple(
+    f"{name}.py" for name in ("bench", "classifier", "data", "flops", "judge", "sampling", "timing", "worldnet")
+)
 
 
 @dataclass(frozen=True)
@@ -29,16 +32,25 @@ class Setting:
     """One row to be.
 
     Attributes:
-        method: registry name, "fewer steps" or "plain".
+        method: registry name, a peer's name, "fewer steps" or "plain".
         label: the setting in words.
         steps: solver steps of the pipeline's call.
-        config: the method with its settings; None for the other two.
+        config: the method or peer with its settings; None for the other two.
     """
 
     method: str
     label: str
     steps: int
-    config: Method | None = None
+    config: Method | Peer | None = None
+
+    @property
+    def origin(self) -> str:
+        """Whose it is: "dita", "peer" or "baseline"."""
+        from dita.config import Method
+
+        if self.config is None:
+            return "baseline"
+        return "dita" if isinstance(self.config, Method) else "peer"
 
     def key(self, context: dict[str, Any]) -> str:
         """Digest of this setting and everything else its numbers depend on, 16 hex digits."""
@@ -56,13 +68,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def plan(steps: int, methods: Sequence[str] | None = None, quick: bool = False) -> list[Setting]:
-    """List the settings of a sweep: plain first, then fewer steps, then the methods in the registry's order.
+def plan(steps: int, methods: Sequence[str] | None = None, quick: bool = False, peers: bool = False) -> list[Setting]:
+    """List the settings of a sweep: plain first, then fewer steps, the methods in the registry's order, the peers.
 
     Args:
         steps: solver steps of the plain run.
-        methods: registry names, or "fewer steps"; all if None.
+        methods: registry names, peers' names, or "fewer steps"; if None all but the peers.
         quick: two settings for each method and for fewer steps, at a fifth and a half of its ladder.
+        peers: if no methods are named, the installed peers too.
 
     Returns:
         The settings, without repetitions.
@@ -75,9 +88,12 @@ def plan(steps: int, methods: Sequence[str] | None = None, quick: bool = False) 
         ['50 steps', '25 steps', '15 steps']
     """
     from dita import registry
+    from dita.eval.peers import peers as installed
 
-    known = (FEWER_STEPS, *registry.names())
-    wanted = list(dict.fromkeys(known if methods is None else methods))
+    others = {peer.name: peer for peer in installed()}
+    ours = (FEWER_STEPS, *registry.names())
+    known = (*ours, *others)
+    wanted = list(dict.fromkeys((known if peers else ours) if methods is None else methods))
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise DitaError(f"unknown methods {', '.join(unknown)}; known are {', '.join(known)}")
@@ -87,14 +103,14 @@ def plan(steps: int, methods: Sequence[str] | None = None, quick: bool = False) 
             counts = dict.fromkeys(max(1, round(steps * part)) for part in _FEWER_STEPS_LADDER)
             ladder = [Setting(name, f"{count} steps", count) for count in counts if count < steps]
         else:
-            configs = registry.get(name).ladder()
+            configs = (others[name] if name in others else registry.get(name)).ladder()
             labels = varying(configs)
             ladder = [Setting(name, label, steps, config) for label, config in zip(labels, configs, strict=True)]
         settings += thin(ladder) if quick else ladder
     return settings
 
 
-def varying(configs: Sequence[Method]) -> list[str]:
+def varying(configs: Sequence[Method | Peer]) -> list[str]:
     """Name each config of a ladder by the settings that are not the same all along it.
 
     Example:
@@ -142,12 +158,14 @@ def context(sampling: Sampling, weights: str, judge: str, threads: int, device: 
     Args:
         sampling: what is drawn.
         weights: the pipeline's fingerprint.
-        judge: the classifier's fingerprint.
+        judge: the judge's identity.
         threads: CPU threads.
         device: name of the machine's processor.
     """
     return {
-        **{name: value for name, value in asdict(sampling).items() if name != "steps"},
+        **{name: value for name, value in asdict(sampling).items() if name not in ("steps", "prompts", "call")},
+        "prompts": digest(sampling.prompts) if sampling.prompts else None,
+        "call": dict(sampling.call),
         "plain_steps": sampling.steps,
         "weights": weights,
         "judge": judge,

@@ -153,7 +153,10 @@ def load_worldnet(folder: str | Path | None = None, device: str | torch.device =
                 f"`python -m dita.eval.training.worldnet --out {folder}`"
             )
     net = WorldNet(**json.loads((folder / _CONFIG).read_text()))
-    missing, unexpected = net.load_state_dict(load_file(folder / _WEIGHTS), strict=False)
+    try:
+        missing, unexpected = net.load_state_dict(load_file(folder / _WEIGHTS), strict=False)
+    except RuntimeError as error:
+        raise DitaError(f"{folder / _WEIGHTS} does not fit {folder / _CONFIG}: {error}") from error
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
     if missing or unexpected:
         raise DitaError(f"{folder / _WEIGHTS} does not fit: missing {missing}, unexpected {unexpected}")

@@ -62,7 +62,7 @@ def bootstrap_interval(
         raise DitaError(f"values are {values.dtype} {tuple(values.shape)}; expected at least one number, as [N]")
     samples = _checked(values, level, resamples)
     compute = statistic or _mean
-    found = [_apply(compute, samples[rows]) for rows in _draws(len(samples), resamples, seed, len(samples))]
+    found = [_apply(compute, samples[rows]) for rows in _draws(len(samples), resamples, seed)]
     return _interval(_apply(compute, samples[None]), torch.cat(found), level, len(samples))
 
 
@@ -105,7 +105,7 @@ def bootstrap_rows(
     def one(part: torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(statistic(part), dtype=torch.float64).reshape(1)
 
-    chunks = _draws(len(samples), resamples, seed, len(samples))
+    chunks = _draws(len(samples), resamples, seed)
     found = torch.cat([one(samples[rows]) for chunk in chunks for rows in chunk])
     return _interval(one(samples), found, level, len(samples))
 
@@ -124,9 +124,9 @@ def _checked(values: torch.Tensor, level: float, resamples: int) -> torch.Tensor
     return samples
 
 
-def _draws(count: int, resamples: int, seed: int, width: int) -> Iterator[torch.Tensor]:
+def _draws(count: int, resamples: int, seed: int) -> Iterator[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    rows = max(1, _CHUNK // width)
+    rows = max(1, _CHUNK // count)
     for start in range(0, resamples, rows):
         yield torch.randint(count, (min(rows, resamples - start), count), generator=generator)
 

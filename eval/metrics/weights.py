@@ -1,4 +1,4 @@
-"""Finding the published weights that FID and LPIPS are defined by."""
+"""Finding the published weights that FID, KID and LPIPS are defined by."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ URLS: dict[str, str] = {
     ),
     "alexnet-owt-7be5be79.pth": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
     "vgg16-397923af.pth": "https://download.pytorch.org/models/vgg16-397923af.pth",
+    "squeezenet1_1-b8a52dc0.pth": "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth",
 }
-INCEPTION, ALEXNET, VGG16 = URLS
+INCEPTION, ALEXNET, VGG16, SQUEEZENET = URLS
 
 
 def find_weights(name: str, path: str | Path | None = None, download: bool = True) -> Path:

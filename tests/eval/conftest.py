@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from pipelines_base import seed_weights
 
 from dita.eval.classifier import FashionClassifier
-from dita.eval.judge import Judge
+from dita.eval.judge import GarmentJudge
 from dita.eval.metrics import Gaussian, garment_features
 from dita.eval.pipelines import load_pipeline
 from dita.eval.reference import Reference
@@ -35,6 +35,7 @@ def tiny_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-dit")
     parts: dict[str, Any] = {"vae": build_identity_vae(1), "scheduler": DDIMScheduler()}
     DiTPipeline(transformer=transformer, **parts).save_pretrained(folder)
+    (folder / "sampling.json").write_text('{"judge": "garment", "steps": 5}')
     return folder
 
 
@@ -52,8 +53,8 @@ def untrained() -> FashionClassifier:
 
 
 @pytest.fixture(scope="session")
-def judge(untrained) -> Judge:
+def judge(untrained) -> GarmentJudge:
     """A judge on noise instead of garments."""
     images = torch.rand(200, 1, 32, 32, generator=torch.Generator().manual_seed(1))
     features = garment_features(images, untrained)
-    return Judge(untrained, Reference(Gaussian.fit(features), 0.1, features))
+    return GarmentJudge(classifier=untrained, reference=Reference(Gaussian.fit(features), 0.1, features))

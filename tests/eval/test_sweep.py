@@ -10,12 +10,12 @@ from dita.caching import TaylorSeer
 from dita.errors import DitaError
 from dita.eval import bench as bench_module
 from dita.eval import run_sweep
-from dita.eval.bench import Bench
+from dita.eval.bench import Bench, Cost, merge
 from dita.eval.evaluate import evaluate_pipeline
 from dita.eval.rows import read_rows
 from dita.eval.sampling import Sampling, check_pipeline, draw
 from dita.eval.settings import FEWER_STEPS, PLAIN, Setting
-from dita.eval.sweep import Sweep
+from dita.eval.sweeping import Sweep
 
 SAMPLING = Sampling(samples=8, batch=2, steps=6, guidance=3.0, seed=0)
 SETTINGS = [
@@ -24,6 +24,10 @@ SETTINGS = [
     Setting("taylorseer", "interval=1", 6, TaylorSeer(interval=1)),
     Setting("taylorseer", "interval=3", 6, TaylorSeer(interval=3)),
 ]
+
+
+def ignore(drawn, indices) -> None:
+    pass
 
 
 def broken(needs_calibration: bool = False) -> Setting:
@@ -71,7 +75,11 @@ def test_rows_say_what_was_measured(make):
         assert len(row["plain_seconds"]) == 2
         assert row["fd_garment"] > 0
         assert 0 <= row["class_accuracy"] <= 1
-        assert {"code", "versions", "measured", "key", "steps"} <= set(row)
+        assert {"code", "versions", "measured", "key", "steps", "origin", "media", "intervals"} <= set(row)
+    assert [row["origin"] for row in rows.values()] == ["baseline", "baseline", "dita", "dita"]
+    assert taylor["timeline"] == {"all": "CCCFFC"}, "warm-up, then each third step"
+    low, high = taylor["intervals"]["psnr"]
+    assert low <= taylor["psnr"] <= high
 
 
 def test_a_finished_sweep_draws_nothing_again(make, monkeypatch):
@@ -86,10 +94,10 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(make, monkeypatch):
     sweep = make()
     original = sweep.bench.run
 
-    def interrupted(setting):
+    def interrupted(setting, observe):
         if setting.label == "interval=1":
             raise KeyboardInterrupt
-        return original(setting)
+        return original(setting, observe)
 
     sweep.bench.run = interrupted
     with pytest.raises(KeyboardInterrupt):
@@ -97,7 +105,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(make, monkeypatch):
     assert list(by_label(sweep)) == ["6 steps", "3 steps"]
     resumed, ran = make(), []
     again = resumed.bench.run
-    resumed.bench.run = lambda setting: ran.append(setting.label) or again(setting)
+    resumed.bench.run = lambda setting, observe: ran.append(setting.label) or again(setting, observe)
     resumed.run(SETTINGS)
     assert ran == ["interval=1", "interval=3"]
     rows = by_label(resumed)
@@ -132,8 +140,8 @@ def test_the_pipeline_is_plain_after_a_failure(make, tiny, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(bench_module, "count_flops", lambda call: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            sweep.bench.run(SETTINGS[3])
-    assert torch.equal(draw(tiny, SAMPLING, range(2)), plain)
+            sweep.bench.run(SETTINGS[3], ignore)
+    assert torch.equal(draw(tiny, SAMPLING, range(2)).media, plain.media)
 
 
 def test_a_failing_plain_run_ends_the_sweep_with_its_reason(make, monkeypatch):
@@ -161,20 +169,36 @@ def test_speedup_is_the_median_over_pairs_whatever_the_machine_does_between(tiny
         return pace[kind] * next(slowness)
 
     monkeypatch.setattr(bench_module, "timed", timed)
-    measured = bench.run(SETTINGS[1])
+    row = merge([bench.run(SETTINGS[1], ignore)], None)
     assert order == ["own", "plain"] * 3
-    assert measured.cost["speedup"] == 3
-    assert measured.cost["seconds"] == [2, 10, 2]
-    assert measured.cost["plain_seconds"] == [6, 30, 6]
-    assert "took 6.00 to 30.00 s" in measured.cost["notes"][0]
+    assert row["speedup"] == 3
+    assert row["seconds"] == [2, 10, 2]
+    assert row["plain_seconds"] == [6, 30, 6]
+    assert row["seconds_per_image"] == 1
+    assert "took 6.00 to 30.00 s" in row["notes"][0]
 
 
 def test_too_few_batches_are_drawn_again(tiny):
     bench = Bench(tiny, Sampling(samples=3, batch=2, steps=2, guidance=3.0, seed=0))
-    measured = bench.run(Setting(FEWER_STEPS, "1 steps", 1))
-    assert len(measured.images) == 3
-    assert len(measured.cost["seconds"]) == len(measured.cost["plain_seconds"]) == 2
-    assert measured.cost["flops_ratio"] is None
+    drawn = []
+    cost = bench.run(Setting(FEWER_STEPS, "1 steps", 1), lambda media, indices: drawn.append((len(media.media), indices)))
+    assert drawn == [(2, range(2)), (1, range(2, 3))]
+    assert len(cost.seconds) == len(cost.plain_seconds) == 2
+    assert merge([cost], None)["flops_ratio"] is None
+
+
+def test_the_costs_of_several_processes_make_one_row():
+    def cost(own: float, plain: float) -> Cost:
+        return Cost(800, 4, [own, own], [plain], [own], [0.5], [10], notes=["same"], timeline={"all": "CR"})
+
+    row = merge([cost(1.0, 3.0), cost(2.0, 4.0), cost(1.0, 9.0)], 400.0)
+    assert row["speedup"] == 3
+    assert row["seconds"] == [1, 1, 2, 2, 1, 1]
+    assert row["seconds_per_image"] == 0.25
+    assert row["flops_ratio"] == 0.5
+    assert (row["computed_fraction"], row["peak_cache_bytes"], row["processes"]) == (0.5, 10, 3)
+    assert row["notes"] == ["same"]
+    assert row["timeline"] == {"all": "CR"}
 
 
 def test_run_sweep_writes_everything(tiny_folder, tmp_path):
@@ -196,27 +220,38 @@ def test_run_sweep_writes_everything(tiny_folder, tmp_path):
 
 
 def test_images_do_not_depend_on_their_batch(tiny):
-    together = draw(tiny, SAMPLING, range(8))
-    apart = torch.cat([draw(tiny, SAMPLING, indices) for indices in SAMPLING.batches()])
+    together = draw(tiny, SAMPLING, range(8)).media
+    apart = torch.cat([draw(tiny, SAMPLING, indices).media for indices in SAMPLING.batches()])
     torch.testing.assert_close(apart, together, rtol=0, atol=2e-4)
     assert (together[0] - together[1]).abs().max() > 0.01
 
 
-def test_unfit_arguments_are_refused(tiny, tmp_path):
+def test_unfit_arguments_are_refused(tiny, tiny_folder, tmp_path):
     with pytest.raises(DitaError, match="bundled are fashion-dit"):
-        run_sweep("no-such-model", tmp_path)
+        run_sweep("no such model", tmp_path)
     with pytest.raises(DitaError, match="batch is 0"):
         Sampling(samples=4, batch=0, steps=5, guidance=1.0, seed=0)
-    with pytest.raises(DitaError, match="DiTPipeline, got SimpleNamespace"):
-        check_pipeline(SimpleNamespace())
-    tiny.transformer.register_to_config(sample_size=16)
-    with pytest.raises(DitaError, match="1x16x16"):
-        check_pipeline(tiny)
+    with pytest.raises(DitaError, match="dtype is 'fp4'"):
+        run_sweep(str(tiny_folder), tmp_path, dtype="fp4")
+    with pytest.raises(DitaError, match="neither class_labels nor a prompt"):
+        check_pipeline(SimpleNamespace(), SAMPLING)
+    with pytest.raises(DitaError, match="DiTPipeline takes no argument hight"):
+        check_pipeline(tiny, Sampling(4, 2, 5, 1.0, 0, call={"hight": 8}))
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_a_judge_that_cannot_read_the_samples_makes_a_row_with_its_reason(make, tiny):
+    sweep = make()
+    sweep.judge._against_data = lambda *args: 1 / 0
+    with pytest.raises(DitaError, match="plain run failed.*ZeroDivisionError"):
+        sweep.run(SETTINGS)
 
 
 def test_model_card_numbers(tiny_folder):
     card = evaluate_pipeline(tiny_folder, samples=12, steps=2, batch=5, threads=1)
     assert card["samples"] == 12
-    assert len(card["class_accuracy_by_class"]) == 10
-    assert card["fd_garment"] > card["fd_garment_floor"] > 0
-    assert card["class_accuracy"] < card["class_accuracy_of_test_images"]
+    assert len(card["by_word"]) == 10
+    assert card["fd_garment"] > card["real"]["fd_garment"] > 0
+    assert card["class_accuracy"] < card["real"]["class_accuracy"]
+    low, high = card["intervals"]["class_accuracy"]
+    assert low <= card["class_accuracy"] <= high

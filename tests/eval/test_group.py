@@ -1,0 +1,65 @@
+"""Two processes measure what one measures."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dita.errors import DitaError
+from dita.eval.bench import Bench
+from dita.eval.group import Group, join_group
+from dita.eval.rows import read_rows
+from dita.eval.sampling import Sampling
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMES = {
+    "speedup", "seconds_per_image", "plain_seconds_per_image", "seconds", "plain_seconds", "measured", "processes",
+    "notes", "calibration_seconds",
+}  # fmt: skip
+
+
+def sweep(folder: Path, out: Path, processes: int) -> list[dict]:
+    # What `accelerate launch` starts on GPUs; on CPUs it wants MPI for more than one process.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    asked = ["--model", str(folder), "--samples", "7", "--batch", "2", "--steps", "4", "--threads", "1"]
+    asked += ["-m", "fewer steps,taylorseer", "--quick", "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*launch, "-m", "dita", "sweep", *asked], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("wrote ") == 1
+    return read_rows(out / "results.jsonl")
+
+
+def test_two_processes_give_the_numbers_of_one(tiny_folder, tmp_path):
+    one, two = (sweep(tiny_folder, tmp_path / str(count), count) for count in (1, 2))
+    assert [row["label"] for row in one] == [row["label"] for row in two]
+    assert len(one) == 6
+    for alone, shared in zip(one, two, strict=True):
+        assert "error" not in alone
+        assert {name: value for name, value in alone.items() if name not in TIMES} == {
+            name: value for name, value in shared.items() if name not in TIMES
+        }
+        if alone["method"] != "data":
+            assert (alone["processes"], shared["processes"]) == (1, 2)
+            assert len(shared["seconds"]) > 0
+
+
+def test_batches_are_dealt_out():
+    sampling = Sampling(samples=7, batch=2, steps=4, guidance=1.0, seed=0)
+    shares = [Bench(None, sampling, group=Group(rank, 3)).batches for rank in range(3)]
+    assert shares == [[range(0, 2), range(6, 7)], [range(2, 4)], [range(4, 6)]]
+    with pytest.raises(DitaError, match="4 calls, too few for 5 processes"):
+        _ = Bench(None, sampling, group=Group(0, 5)).batches
+
+
+def test_alone_there_is_nothing_to_join(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert join_group("cpu") == (Group(), "cpu")
+    assert Group().leads
+    assert Group().from_lead({"a": 1}) == {"a": 1}
