@@ -86,7 +86,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("latent_l2", "latent L2", ".4f", "relative L2 distance of the latents to the plain run's"),
     Metric("fd_garment", "FD-garment", ".2f", "Frechet distance to the test set, bundled classifier"),
     Metric("fd_world", "FD-world", ".2f", "Frechet distance to unseen real scenes or clips, bundled world network"),
-    Metric("kid", "KID", ".4f", "kernel distance to the real data: unbiased, so comparable across numbers of samples"),
+    Metric(
+        "kid",
+        "KID",
+        ".4f",
+        "kernel distance to the real data, Inception-v3; its mean does not depend on the number of samples",
+    ),
     Metric("fid", "FID", ".2f", "Frechet distance to the test set, Inception-v3"),
     Metric("class_accuracy", "class acc.", ".1%", "images recognised as the class asked for", "higher"),
     Metric(

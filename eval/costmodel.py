@@ -46,8 +46,8 @@ def tokens(height: int, width: int, frames: int = 1, patch: Patch = (1, 2, 2), v
     ):
         raise DitaError(
             f"{frames} frames of {height}x{width} pixels do not divide into whole tokens: expected multiples of "
-            f"{space * patch[1]} and {space * patch[2]} pixels, and 1 frame more than a multiple of {time}, all of which "
-            f"the VAE folds into frames of which a token takes {patch[0]}"
+            f"{space * patch[1]} and {space * patch[2]} pixels, and 1 frame more than a multiple of {time}, so that a "
+            f"multiple of {patch[0]} frames is left after the VAE"
         )
     return latent[0] // patch[0] * (latent[1] // patch[1]) * (latent[2] // patch[2])
 

@@ -53,7 +53,9 @@ def gallery(rows: Sequence[Mapping[str, Any]], strips: Mapping[str, bytes], anim
             }
         )
     plain = [row for row in rows if row["method"] == "plain" and row["key"] in strips]
-    words = "Above, or left: the plain run. Below, or right: accelerated, with the same seeds."
+    words = (
+        "Accelerated runs next to the plain run with the same seeds: below it, or on its right in the case of videos."
+    )
     if len(shown) < len(usable):
         words += f" {len(shown)} of {len(usable)} settings are shown."
     if any(len(strips[row["key"]]) > _LARGE for row in [*shown, *plain]):
@@ -117,7 +119,7 @@ def _jpeg(data: bytes) -> bytes:
     from PIL import Image
 
     stream = io.BytesIO()
-    Image.open(io.BytesIO(data)).convert("RGB").save(stream, format="jpeg", quality=90, subsampling=0, optimize=True)
+    Image.open(io.BytesIO(data)).convert("RGB").save(stream, format="jpeg", quality=90, subsampling=0)
     return stream.getvalue()
 
 

@@ -133,7 +133,7 @@ def _subtitle(row: Mapping[str, Any]) -> str:
         "guidance": f"guidance {row.get('guidance')}",
         "batch": f"batches of {row.get('batch')}",
         "device": f"{row.get('device')}",
-        "threads": f"{row.get('threads')} threads",
+        "threads": f"{row.get('threads')} thread{'' if row.get('threads') == 1 else 's'}",
     }
     return ", ".join(text for name, text in parts.items() if row.get(name) is not None)
 

@@ -88,7 +88,7 @@ def load_pipeline(
 
     folder = pipeline_folder(name_or_folder)
     try:
-        with _quiet():
+        with quiet():
             pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=dtype)
     except Exception as error:
         raise DitaError(f"diffusers could not load {folder}: {type(error).__name__}: {error}") from error
@@ -97,7 +97,7 @@ def load_pipeline(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back progress bars, the remark that our VAE is not the expected class, and the word on torch_dtype."""
     from diffusers.utils import logging
     from transformers.utils import logging as other

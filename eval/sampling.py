@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -124,12 +126,13 @@ def draw(pipe: Any, sampling: Sampling, indices: range, steps: int | None = None
         asked["callback_on_step_end"] = keep
     if "guidance_scale" in known:
         asked["guidance_scale"] = sampling.guidance
-    result = pipe(
-        generator=[torch.Generator().manual_seed(sampling.seed * _STRIDE + index) for index in indices],
-        num_inference_steps=steps or sampling.steps,
-        output_type="pt",
-        **asked,
-    )
+    with _without_rounding_remark():
+        result = pipe(
+            generator=[torch.Generator().manual_seed(sampling.seed * _STRIDE + index) for index in indices],
+            num_inference_steps=steps or sampling.steps,
+            output_type="pt",
+            **asked,
+        )
     media = getattr(result, "images", None)
     media = getattr(result, "frames", None) if media is None else media
     if media is None:
@@ -139,3 +142,15 @@ def draw(pipe: Any, sampling: Sampling, indices: range, steps: int | None = None
     elif isinstance(media, list):
         media = torch.stack([item if isinstance(item, torch.Tensor) else torch.stack(list(item)) for item in media])
     return Drawn(media.float().clamp(0, 1).cpu(), latents[0].float().cpu() if latents else None)
+
+
+@contextmanager
+def _without_rounding_remark() -> Iterator[None]:
+    """Hold back WanPipeline's remark on num_frames, which no number avoids with a VAE that keeps every frame."""
+    logger = logging.getLogger("diffusers.pipelines.wan.pipeline_wan")
+    remark = lambda record: "has to be divisible by 1." not in record.getMessage()  # noqa: E731
+    logger.addFilter(remark)
+    try:
+        yield
+    finally:
+        logger.removeFilter(remark)

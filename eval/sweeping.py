@@ -21,6 +21,7 @@ from dita.eval.plots import plot_sweep, strip
 from dita.eval.rows import Row, append_row, read_rows, to_markdown, to_rich
 from dita.eval.sampling import Drawn
 from dita.eval.settings import PLAIN, Setting, digest
+from dita.eval.winners import winners_to_markdown
 
 _SHOWN_IMAGES, _SHOWN_CLIPS = 10, 3
 
@@ -92,17 +93,23 @@ class Sweep:
             if not any(row["key"] == floor["key"] for row in newest.values()):
                 append_row(self.results, floor)
             rows.insert(1, floor)
-        note = sample_note(self.bench.sampling.samples, floor)
-        (self.out / "results.md").write_text(f"{to_markdown(rows)}\n{note}\n", encoding="utf-8")
-        title = f"{model}: {self.bench.sampling.samples} samples per setting, {self.surroundings['device']}"
+        sampling = self.bench.sampling
+        note = sample_note(sampling.samples, floor)
+        parts = (to_markdown(rows), winners_to_markdown(rows), f"{note}\n")
+        (self.out / "results.md").write_text("\n".join(part for part in parts if part.strip()), encoding="utf-8")
+        title = f"{model}: {sampling.samples} samples per setting, {self.surroundings['device']}"
         plot = plot_sweep(rows, self.out / "pareto.png", title)
         console = Console()
         if not console.is_terminal:
             console = Console(width=120)
         console.print(to_rich(rows))
-        console.print(note, highlight=False)
-        pictures = self._pictures(rows, "png")
-        return write_report(page, rows, plot, pictures, model, animations=self._pictures(rows, "webp"))
+        if note:
+            console.print(note, highlight=False)
+        pictures, animations = self._pictures(rows, "png"), self._pictures(rows, "webp")
+        return write_report(page, rows, plot, pictures, model, animations, sampling.prompts[: self._shown(rows)])
+
+    def _shown(self, rows: Sequence[Row]) -> int:
+        return _SHOWN_CLIPS if any(row.get("media") == "video" for row in rows) else _SHOWN_IMAGES
 
     def _pictures(self, rows: Sequence[Row], suffix: str) -> dict[str, bytes]:
         paths = {row["key"]: self.out / "images" / f"{row['key']}.{suffix}" for row in rows}

@@ -44,7 +44,7 @@ class WorldNet(nn.Module):
         (torch.Size([2, 256]), torch.Size([2, 160]))
     """
 
-    def __init__(self, widths: tuple[int, int, int] = (24, 48, 96), features: int = 128, track: int = 32) -> None:
+    def __init__(self, widths: tuple[int, int, int] = (16, 32, 64), features: int = 128, track: int = 32) -> None:
         super().__init__()
         self.config = {"widths": list(widths), "features": features, "track": track}
         fine, middle, coarse = widths
@@ -95,7 +95,8 @@ class WorldNet(nn.Module):
     def _slope(self, embedding: torch.Tensor) -> torch.Tensor:
         # Least-squares slope over time, in units of the whole clip, so that every frame has its say.
         time = torch.linspace(-0.5, 0.5, embedding.shape[1], device=embedding.device, dtype=embedding.dtype)
-        return torch.einsum("ntf,t->nf", self.track(F.relu(embedding)), time / time.square().sum())
+        time = time - time.mean()
+        return torch.einsum("ntf,t->nf", self.track(F.relu(embedding)), time / time.square().sum().clamp(min=1e-6))
 
     def save(self, folder: str | Path) -> None:
         """Write the weights as float16 safetensors and the sizes as json into `folder`."""
@@ -126,11 +127,11 @@ def views_of(media: torch.Tensor) -> torch.Tensor:
     """
     if media.ndim == 4 and media.shape[1:] == (3, SIDE, 2 * SIDE):
         return torch.stack([media[..., :SIDE], media[..., SIDE:]], dim=1)
-    if media.ndim == 5 and media.shape[2:] == (3, SIDE, SIDE) and media.shape[1] > 1:
+    if media.ndim == 5 and media.shape[2:] == (3, SIDE, SIDE):
         return media
     raise DitaError(
         f"media have shape {tuple(media.shape)}; the world network reads scenes [N, 3, {SIDE}, {2 * SIDE}] and clips "
-        f"[N, frames, 3, {SIDE}, {SIDE}] of at least two frames"
+        f"[N, frames, 3, {SIDE}, {SIDE}]"
     )
 
 

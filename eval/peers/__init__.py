@@ -11,7 +11,8 @@ from dita.errors import DitaError
 from dita.eval.peers.base import Peer, supports
 from dita.eval.peers.cache_dit import DBCache, DBCacheTaylor
 from dita.eval.peers.diffusers_attention import FasterCache, PyramidBroadcast
-from dita.eval.peers.diffusers_hooks import FirstBlock, MagCache, TaylorSeer, TaylorSeerLite
+from dita.eval.peers.diffusers_hooks import FirstBlock, MagCache
+from dita.eval.peers.diffusers_taylorseer import TaylorSeer, TaylorSeerLite
 from dita.eval.peers.harness import Counter
 
 __all__ = ["Counter", "Peer", "get_peer", "peers", "supports"]

@@ -73,17 +73,17 @@ class DBCache(Peer):
 
     @classmethod
     def ladder(cls) -> tuple[DBCache, ...]:
-        """Thresholds from below the default to six times it, the middle one with two blocks first as well."""
+        """Thresholds from 0.6 to 6 times the default, one with two blocks first; the strongest may skip longer."""
         rungs = (
-            (1, 0.05),
-            (1, 0.08),
-            (1, 0.12),
-            (2, 0.2),
-            (1, 0.2),
-            (1, 0.3),
-            (1, 0.5),
+            (1, 0.05, 4, 3),
+            (1, 0.08, 4, 3),
+            (1, 0.12, 4, 3),
+            (2, 0.2, 4, 3),
+            (1, 0.2, 4, 3),
+            (1, 0.3, 4, 5),
+            (1, 0.5, 3, 8),
         )
-        return tuple(cls(fn, threshold) for fn, threshold in rungs)
+        return tuple(cls(fn, threshold, 0, warmup, most) for fn, threshold, warmup, most in rungs)
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,20 @@ class DBCacheTaylor(DBCache):
         import cache_dit
 
         return cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=self.order)
+
+    @classmethod
+    def ladder(cls) -> tuple[DBCacheTaylor, ...]:
+        """Thresholds, warm-up and longest skips of `DBCache`; order 2 where skips are long, both orders at the end."""
+        rungs = (
+            (0.05, 4, 3, 1),
+            (0.08, 4, 3, 1),
+            (0.12, 4, 3, 1),
+            (0.2, 4, 3, 2),
+            (0.3, 4, 5, 2),
+            (0.5, 3, 8, 1),
+            (0.5, 3, 8, 2),
+        )
+        return tuple(cls(1, threshold, 0, warmup, most, order) for threshold, warmup, most, order in rungs)
 
 
 class Contexts(Attachment):

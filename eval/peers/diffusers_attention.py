@@ -71,7 +71,6 @@ class PyramidBroadcast(DiffusersPeer):
     def ladder(cls) -> tuple[PyramidBroadcast, ...]:
         """The paper's pyramid of 2, 4 and 6 in the default window and in all timesteps, and wider pyramids there."""
         rungs = (
-            (2, 2, 2, (100, 800)),
             (2, 4, 6, (100, 800)),
             (2, 4, 6, _WHOLE),
             (3, 4, 6, _WHOLE),
@@ -141,9 +140,8 @@ class FasterCache(DiffusersPeer):
 
     @classmethod
     def ladder(cls) -> tuple[FasterCache, ...]:
-        """The default, a milder range, and wider windows and ranges; a window must not hold the first step."""
+        """The default, then wider windows and ranges; a window must not hold the first step."""
         rungs = (
-            (2, 2, 681, 641),
             (2, 5, 681, 641),
             (2, 5, 801, 801),
             (2, 5, 951, 951),

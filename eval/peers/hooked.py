@@ -103,15 +103,19 @@ class Timestep:
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
-        self._argument: Any = None
+        self._present = float("nan")
 
     def read(self, kwargs: dict[str, Any]) -> None:
-        """Remember what the transformer was called with."""
-        self._argument = kwargs.get("timestep")
+        """Look at the timestep once for a call of the transformer, of which these are the arguments.
+
+        Raises:
+            DitaError: neither tells it.
+        """
+        present = getattr(self.pipe, "current_timestep", None)
+        present = kwargs.get("timestep") if present is None else present
+        if present is None:
+            raise DitaError(f"{type(self.pipe).__name__} has no current_timestep and gives its transformer no timestep")
+        self._present = float(torch.as_tensor(present).flatten()[0])
 
     def __call__(self) -> float:
-        present = getattr(self.pipe, "current_timestep", None)
-        present = self._argument if present is None else present
-        if present is None:
-            raise DitaError(f"{type(self.pipe).__name__} tells neither its pipeline nor its transformer the timestep")
-        return float(torch.as_tensor(present).flatten()[0])
+        return self._present

@@ -148,7 +148,7 @@ function draw(panel) {
   panel.spots = spots.sort((a, b) => a.x - b.x || a.y - b.y);
   panel.metric = metric;
   panel.caption.textContent = `${metric.title}: ${metric.meaning}.`;
-  point_out(panel, null);
+  point_out(panel, panel.spots.find(spot => spot.point === panel.current?.point) ?? null);
 }
 
 function point_out(panel, spot) {

@@ -4,7 +4,7 @@ const lines = [...settings.tBodies[0].rows];
 const heads = [...settings.tHead.rows[0].cells];
 
 function sort(column, down) {
-  const text = row => row.cells[column].textContent.trim();
+  const text = row => (row.cells[column].firstChild?.textContent ?? "").trim(); // without the interval
   const value = row => (text(row) === "identical" ? Infinity : parseFloat(text(row)));
   const words = heads[column].classList.contains("text");
   const compare = (one, two) => {

@@ -15,18 +15,21 @@ plain conditional one, for use with `true_cfg_scale`.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
+from dita.eval.task import Task
 from dita.eval.training.flow import FlowTraining, arguments, flow_loss, noise_levels
 from dita.eval.training.words import LENGTH, build_clip, build_t5, build_tokenizer
 from dita.eval.vae import SpaceToDepthVAE
 from dita.eval.world import Renderer, random_scene
 
 HEIGHT, WIDTH = 32, 64
+CALL = {"height": HEIGHT, "width": WIDTH, "max_sequence_length": LENGTH}
 _SHIFT, _SCALE = -0.6, 2.3  # of the pixels: near the mean, and one over the deviation
 _DROPPED = 0.1
 _MOST_GUIDANCE = 6.0
@@ -67,11 +70,14 @@ class FluxTraining(FlowTraining):
     """Trains the pipeline on rendered scenes."""
 
     trained = ("transformer", "text_encoder", "text_encoder_2")
+    task = Task("scene", steps=28, samples=64, quick_samples=12, call=dict(CALL))
 
     def __init__(self, args: argparse.Namespace) -> None:
         if args.distil:
             args.init_from = args.distil
         super().__init__(args)
+        if not args.distil:  # guidance is still two calls
+            self.task = replace(self.task, guidance=1.0, call={**CALL, "true_cfg_scale": 3.0, "negative_prompt": ""})
         self.renderer, self.unseen = Renderer("train", args.data), Renderer("test", args.data)
         transformer = self.pipe.transformer
         self.forward: Any = torch.compile(transformer) if args.compile else transformer

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
+from dita.eval.task import Task
 from dita.eval.training.flow import FlowTraining, arguments, flow_loss, noise_levels
 from dita.eval.training.words import LENGTH, build_tokenizer, build_umt5
 from dita.eval.vae import SpaceToDepthVAE
@@ -81,6 +82,15 @@ class WanTraining(FlowTraining):
     """Trains the pipeline on rendered clips."""
 
     trained = ("transformer", "text_encoder")
+    # The pipeline adds one to num_frames where the VAE keeps every frame.
+    task = Task(
+        "clip",
+        steps=25,
+        batch=2,
+        samples=12,
+        quick_samples=3,
+        call={"height": SIDE, "width": SIDE, "num_frames": CLIP_FRAMES - 1, "max_sequence_length": LENGTH},
+    )
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)

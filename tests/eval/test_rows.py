@@ -1,21 +1,20 @@
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
-import torch
 
 from dita import registry
 from dita.errors import DitaError
 from dita.eval import best_at
-from dita.eval.htmlreport import write_report
-from dita.eval.plots import pareto, plot_sweep, strip
-from dita.eval.rows import COLUMNS, append_row, psnr_of, read_rows, table, to_markdown, to_rich
+from dita.eval.columns import METRICS
+from dita.eval.rows import COLUMNS, append_row, origin_of, psnr_of, read_rows, table, to_markdown, to_rich
 from dita.eval.sampling import Sampling
 from dita.eval.settings import FEWER_STEPS, PLAIN, Setting, context, plan, source_digest, thin
+from dita.eval.winners import best_at_semantic, winners, winners_to_markdown
 
 
 def row(method: str = "a", **values):
@@ -78,63 +77,105 @@ def test_tables_show_errors_and_drop_empty_columns():
     assert len({column.title for column in COLUMNS}) == len(COLUMNS)
 
 
-def test_pareto_front():
-    assert pareto([(1, 1), (2, 2), (3, 0), (2, 1), (0, 3)]) == [4, 1, 2]
-    assert pareto([]) == []
+MEASURED = {
+    "origin": "peer", "task": "fashion-wan", "media": "video", "frames": 13, "semantic_accuracy": 0.8125,
+    "garment_accuracy": 0.9, "colour_accuracy": 1.0, "place_accuracy": 0.7, "motion_accuracy": 0.85, "fd_world": 12.5,
+    "perceptual": 0.0123, "kid": 0.01, "fid": 20.0, "lpips": 0.2, "clip_score": 31.0, "flicker_difference": -0.001,
+    "motion_consistency": 0.9, "latent_l1": 0.1, "latent_l2": 0.2, "peak_memory_bytes": 3 << 20, "ssim": 0.9,
+    "intervals": {"psnr": [29.94, 32.04], "semantic_accuracy": [0.7, 0.9]},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("rows", [[], [row(error="no")], [row(), row(label="y", psnr=None), row("fewer steps")]])
-def test_plot_is_a_png_whatever_the_rows(rows, tmp_path):
-    data = plot_sweep(rows, tmp_path / "pareto.png", "title")
-    assert (tmp_path / "pareto.png").read_bytes() == data
-    assert data.startswith(b"\x89PNG")
+def test_every_measure_has_a_column_and_the_console_stays_narrow():
+    from rich.console import Console
+
+    rows = [row("diffusers firstblock", label="threshold=0.12", **MEASURED), row(label="y", media="image", frames=1)]
+    head, cells = table(rows)
+    assert {metric.title for metric in METRICS} - set(head) == set()
+    shown = dict(zip(head, cells[0], strict=True))
+    assert (shown["origin"], shown["peak MiB"], shown["frames"]) == ("peer", "3", "13")
+    assert (shown["media"], shown["semantic acc."], shown["FD-world"]) == ("video", "81.2%", "12.50")
+    console = Console(width=120, file=io.StringIO(), record=True)
+    del rows[1]["class_accuracy"], rows[1]["fd_garment"], rows[0]["class_accuracy"], rows[0]["fd_garment"]
+    console.print(to_rich(rows))
+    lines = console.export_text().splitlines()
+    assert sum("diffusers firstblock" in line and "threshold=0.12" in line for line in lines) == 1
+    assert len(lines) == 3 + 2 + 1, "no cell is broken over two lines"
 
 
-def test_strip_keeps_the_pixels():
-    import io
-
-    import numpy as np
-    from PIL import Image
-
-    images = torch.linspace(0, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
-    pixels = np.asarray(Image.open(io.BytesIO(strip(images, gap=1))))
-    assert pixels.shape == (8, 17, 3)
-    assert (pixels[:, 8] == 255).all()
-    second = torch.from_numpy(pixels[:, 9:].copy()).permute(2, 0, 1)
-    assert torch.equal(second, (images[1] * 255).round().byte())
+def test_columns_of_what_all_rows_share_vanish():
+    alike = [row(label=label, task="fashion-flux", media="image", origin="dita") for label in "xy"]
+    assert not {"task", "media", "origin"} & set(table(alike)[0])
+    assert "task" in table([*alike, row(task="fashion-wan")])[0]
 
 
-class Reader(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.sources, self.open, self.cells = [], [], 0
-
-    def handle_starttag(self, tag, attrs):
-        self.cells += tag == "td"
-        self.sources += [value for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+def test_intervals_stand_behind_their_values():
+    rows = [row(**MEASURED), row("b", psnr=None, intervals={"psnr": [1.0, 2.0]})]
+    assert "31.0 [29.9, 32.0]" in to_markdown(rows)
+    assert "81.2% [70.0%, 90.0%]" in to_markdown(rows)
+    assert "[1.0, 2.0]" not in to_markdown(rows), "no value, no interval"
+    assert "[" not in to_markdown(rows, intervals=False)
+    assert not any("[" in cell for line in table(rows)[1] for cell in line)
 
 
-def test_report_is_one_well_formed_file_without_links(tmp_path):
-    rows = [row(PLAIN, label="50 steps"), row(label="<b>&", notes=["0 of 50"]), row("m", error="bad <i>")]
-    strips = {entry["key"]: strip(torch.zeros(2, 1, 8, 8)) for entry in rows[:2]}
-    plot = plot_sweep(rows, tmp_path / "p.png")
-    path = write_report(tmp_path / "report.html", rows, plot, strips, "<model>")
-    text = path.read_text()
-    reader = Reader()
-    reader.feed(text)
-    assert reader.open == []
-    assert reader.sources
-    assert all(source.startswith("data:image/png;base64,") for source in reader.sources)
-    assert "http" not in text
-    assert "<b>&" not in text
-    assert "&lt;model&gt;" in text
-    assert "0 of 50" in text
-    assert reader.cells >= 3 * len(table(rows)[0])
+def test_origin_of_a_row():
+    names = ["plain", "data", "fewer steps", "taylorseer"]
+    assert [origin_of({"method": name}) for name in names] == ["baseline"] * 3 + ["dita"]
+    assert origin_of({"method": "diffusers x", "origin": "peer"}) == "peer"
+
+
+def contest() -> list[dict]:
+    plain = {"semantic_accuracy": 0.90, "intervals": {"semantic_accuracy": [0.88, 0.92]}, "psnr": None}
+    return [
+        row(PLAIN, label="50 steps", speedup=1.0, **plain),
+        row("fewer steps", label="20 steps", speedup=2.5, psnr=31.0, semantic_accuracy=0.885),
+        row("fewer steps", label="10 steps", speedup=5.0, psnr=20.0, semantic_accuracy=0.5),
+        row("a", label="mild", speedup=2.0, psnr=35.0, semantic_accuracy=0.9),
+        row("a", label="strong", speedup=4.0, psnr=29.9, semantic_accuracy=0.88),
+        row("b", label="failed", speedup=9.0, psnr=99.0, semantic_accuracy=1.0, error="no"),
+        row("peer x", label="mild", speedup=1.6, psnr=30.0, semantic_accuracy=0.879, origin="peer"),
+    ]
+
+
+def test_semantic_accuracy_may_fall_by_the_tolerance_or_stay_in_the_interval():
+    best = best_at_semantic(contest())
+    assert {name: found and found["label"] for name, found in best.items()} == {
+        "fewer steps": "20 steps",
+        "a": "strong",
+        "peer x": None,
+    }
+    narrow = contest()
+    narrow[0]["intervals"] = {}
+    assert best_at_semantic(narrow)["a"] == narrow[3]
+    assert best_at_semantic(narrow)["fewer steps"] is None
+    assert best_at_semantic(narrow, tolerance=0.015)["fewer steps"] == narrow[1]
+    with pytest.raises(DitaError, match="no row of the plain run"):
+        best_at_semantic([row(PLAIN, error="no"), row()][:1])
+
+
+def test_classes_stand_in_where_no_captions_are():
+    rows = [row(PLAIN, class_accuracy=0.9), row(class_accuracy=0.895), row("b", class_accuracy=0.8)]
+    best = best_at_semantic(rows)
+    assert best["a"] == rows[1]
+    assert best["b"] is None
+
+
+def test_winners_compare_dita_with_peers_and_fewer_steps():
+    close, semantic = winners(contest())
+    assert (close.dita, close.peer, close.baseline) == (contest()[3], contest()[6], contest()[1])
+    assert close.over(close.peer) == 1.25
+    assert close.over(close.baseline) == 0.8
+    assert (semantic.dita, semantic.peer) == (contest()[4], None)
+    assert semantic.over(semantic.peer) is None
+    text = winners_to_markdown(contest())
+    assert "| PSNR >= 30 dB | a mild | 2.00 | peer x mild | 1.60 | fewer steps 20 steps | 2.50 | 1.25 | 0.80 |" in text
+    assert "| equal semantic accuracy | a strong | 4.00 | - | - |" in text
+
+
+def test_winners_keep_pipelines_apart():
+    rows = [row(task="one", speedup=3.0), row(task="two", speedup=2.0), row("data", psnr=None, task="two")]
+    assert [(each.task, each.dita and each.dita["speedup"]) for each in winners(rows)] == [("one", 3.0), ("two", 2.0)]
+    assert "two: PSNR >= 30 dB" in winners_to_markdown(rows)
 
 
 def test_plan_has_plain_fewer_steps_and_every_ladder():
