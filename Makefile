@@ -11,7 +11,7 @@ DATASET := /usr/share/datasets/fashion-mnist
 PINNED := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) OPENBLAS_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: help demo test check format bench notebooks dataset clean distclean
+.PHONY: help demo test check format bench notebooks dataset browser clean distclean
 
 help:
 	@echo "make demo       create $(VENV), sweep the bundled pipeline in a few minutes, write $(OUT)/report.html"
@@ -29,7 +29,7 @@ demo: $(VENV)/.installed
 bench: $(VENV)/.installed-eval dataset
 	$(PINNED) $(BIN)/dita sweep --model $(MODEL) --threads $(THREADS) --out runs/full
 
-test: check dataset
+test: check dataset browser
 	$(PINNED) $(OFFLINE) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
@@ -70,6 +70,17 @@ dataset:
 	    || echo "apt-get could not install dataset-fashion-mnist: it will be downloaded, tests that need it skip"; \
 	else \
 	  echo "no $(DATASET): the data set will be downloaded on first use (see dita.eval.data)"; \
+	fi
+
+# A few tests look at report.html in a browser; without one they skip.
+browser:
+	@if command -v chromium chromium-browser google-chrome >/dev/null; then \
+	  exit 0; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing Debian's chromium"; \
+	  apt-get update -qq; \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null \
+	    || echo "apt-get could not install chromium: the tests of the report in a browser skip"; \
 	fi
 
 clean:

@@ -281,6 +281,28 @@ def test_taylorseer_keeps_the_schedule_of_diffusers(interval, computed):
     assert counter.computed_fraction == counter.full_calls_fraction
 
 
+@pytest.mark.parametrize("name", ["FirstBlock", "TaylorSeer", "PyramidAttentionBroadcast", "Faster"])
+def test_on_flux_it_is_what_diffusers_does_alone(name):
+    from diffusers import hooks
+
+    pipe = build("flux")
+    now: dict[str, Any] = {"current_timestep_callback": lambda: pipe.current_timestep}
+    configs: dict[str, tuple[base.Peer, dict[str, Any]]] = {
+        "FirstBlock": (FirstBlock(0.5), {"threshold": 0.5}),
+        "TaylorSeer": (TaylorSeerLite(4), {"cache_interval": 4, "use_lite_mode": True}),
+        "PyramidAttentionBroadcast": (PyramidBroadcast(), {"spatial_attention_block_skip_range": 2, **now}),
+        "Faster": (FasterCache(), {"is_guidance_distilled": True, **now}),
+    }
+    ours, arguments = configs[name]
+    if name == "TaylorSeer":
+        arguments["taylor_factors_dtype"] = torch.float32
+    config = getattr(hooks, f"{name}{'' if name.startswith('Pyramid') else 'Cache'}Config")
+    pipe.transformer.enable_cache(config(**arguments))
+    alone = draw("flux", pipe)
+    assert not torch.equal(alone, plain("flux"))
+    assert torch.equal(draw_with(ours, "flux", build("flux"))[0], alone)
+
+
 def test_taylorseer_patterns():
     wan, flux = (dita.anatomy.describe(build(case).transformer) for case in ("wan", "flux"))
     attention, skipped = module_patterns(wan, "attention")
