@@ -14,7 +14,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 .PHONY: help demo test check format bench notebooks dataset browser clean distclean
 
 help:
-	@echo "make demo       create $(VENV), sweep the bundled pipeline in a few minutes, write $(OUT)/report.html"
+	@echo "make demo       create $(VENV), sweep a bundled pipeline within 3 minutes, write $(OUT)/report.html"
 	@echo "make test       create $(VENV), run ruff, pyright and pytest"
 	@echo "make check      ruff and pyright only"
 	@echo "make format     let ruff rewrite what it can"
@@ -52,11 +52,11 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-eval: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --editable '.[eval]'
+	$(BIN)/python -m pip install --editable '.[eval,peers]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --editable '.[dev,eval,notebooks]'
+	$(BIN)/python -m pip install --editable '.[dev,eval,notebooks,peers]'
 	@touch $@
 
 # Only training and a few tests read the images; elsewhere than on Debian dita.eval.data downloads them on first use.

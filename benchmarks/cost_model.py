@@ -36,7 +36,7 @@ TEXT_TOKENS = 64
 def build(width: int, layers: int, device: str, dtype: torch.dtype) -> WanTransformer3DModel:
     """Build a Wan transformer with random weights."""
     torch.manual_seed(0)
-    model = WanTransformer3DModel(
+    model: Any = WanTransformer3DModel(
         num_attention_heads=width // 32,
         attention_head_dim=32,
         in_channels=16,

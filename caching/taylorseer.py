@@ -94,6 +94,12 @@ class TaylorSeer(CachingMethod):
 
     @classmethod
     def ladder(cls) -> tuple[TaylorSeer, ...]:
-        """Intervals 2 to 8 at order 1, and 3 to 6 at order 2."""
-        first = tuple(cls(interval=n, order=1) for n in (2, 3, 4, 5, 6, 8))
-        return (*first, *(cls(interval=n, order=2) for n in (3, 4, 6)))
+        """Modules at orders 1 and 2 and the lite form at order 2, all with a warm-up of 5.
+
+        The default warm-up of 3 leaves the two newest anchors one step apart where features change fastest, so that the
+        first forecasts overshoot: on fashion-dit at interval 5 a warm-up of 5 was 9 dB better for two more steps.
+        """
+        modules = [cls(interval=n, order=1, warmup=5) for n in (2, 3, 4, 5, 6, 8)]
+        modules += [cls(interval=n, order=2, warmup=5) for n in (3, 4, 5, 6)]
+        lite = [cls(interval=n, order=2, warmup=5, granularity="last-block") for n in (3, 4, 5, 7)]
+        return (*modules, *lite)

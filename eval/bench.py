@@ -148,7 +148,7 @@ class Bench:
         elif isinstance(setting.config, Peer):
             with setting.config.attached(self.pipe) as counter:
                 yield
-            cost.computed.append(counter.computed_fraction)
+            cost.computed.append(counter.full_calls_fraction)
         else:
             with dita.accelerated(self.pipe, setting.config):
                 yield

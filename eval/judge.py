@@ -15,12 +15,13 @@ from dita.eval.classifier import FashionClassifier, load_classifier
 from dita.eval.data import load_fashion_mnist
 from dita.eval.metrics import (
     Gaussian,
-    InceptionDistance,
+    KernelInceptionDistance,
     bootstrap_interval,
     flicker_difference,
     frechet_distance,
     garment_features,
     garment_perceptual_distance,
+    kernel_distance,
     latent_l1,
     latent_l2,
     lpips,
@@ -153,7 +154,7 @@ class GarmentJudge(Judge):
 
     classifier: FashionClassifier = field(default_factory=load_classifier)
     reference: Reference = field(default_factory=load_reference)
-    _inception: InceptionDistance | None = field(default=None, repr=False)
+    _inception: KernelInceptionDistance | None = field(default=None, repr=False)
 
     @property
     def identity(self) -> str:
@@ -173,7 +174,7 @@ class GarmentJudge(Judge):
         if self.fid:
             if self._inception is None:
                 real = (load_fashion_mnist("test")[0] + 1) / 2
-                self._inception = InceptionDistance(real.to(self.device), download=False)
+                self._inception = KernelInceptionDistance(real.to(self.device), download=False)
             values["fid"] = self._inception.features(media.to(self.device)).cpu()
         return values
 
@@ -182,10 +183,12 @@ class GarmentJudge(Judge):
         return {**super()._against_plain(drawn, plain), "perceptual": distance}
 
     def _distances(self, features: Values) -> dict[str, float]:
-        result = _frechet(features, {"fd_garment": self.reference.test})
-        if "fid" in features and self._inception is not None:
-            result["fid"] = self._inception.distance(features["fid"])
-        return result
+        data = {"fd_garment": self.reference.test}
+        if "fid" not in features or self._inception is None:
+            return _frechet(features, data)
+        real = self._inception.real.cpu()
+        distance = kernel_distance(features["fid"], real).mean
+        return {**_frechet(features, {**data, "fid": Gaussian.fit(real)}), "kid": distance}
 
 
 @dataclass

@@ -139,13 +139,20 @@ class KernelInceptionDistance:
         options: dict[str, Any] = {"feature_extractor_weights_path": str(path), **_resizing(NoTrainInceptionV3)}
         self.batch = batch
         self._network = NoTrainInceptionV3("inception-v3-compat", [str(features)], **options).to(real.device)
-        self._real = self._features(real)
+        self.real = self._features(real)
 
     def __call__(
         self, images: torch.Tensor, subsets: int = 100, subset_size: int | None = None, seed: int = 0
     ) -> KernelDistance:
         """Compute the distance of images, float [N, 1 or 3, H, W] in [0, 1]; the rest as in `kernel_distance`."""
-        return kernel_distance(self._features(_checked(images)), self._real, subsets, subset_size, seed)
+        return kernel_distance(self.features(images), self.real, subsets, subset_size, seed)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Compute the network's features, float [N, features], of images [N, 1 or 3, H, W] in [0, 1].
+
+        A Frechet distance between Gaussians fitted to these and to `real` is FID.
+        """
+        return self._features(_checked(images))
 
     @torch.no_grad()
     def _features(self, images: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,7 @@ from dita.eval.world import (
     random_scene,
     read_caption,
 )
-from dita.eval.worldnet import WorldNet
+from dita.eval.worldnet import WorldNet, load_worldnet
 
 _COLOURS, _MOTIONS = tuple(COLOURS), tuple(MOTIONS)
 _HELD_OUT = 4000
@@ -82,8 +82,8 @@ def clip_loss(net: WorldNet, clips: list[Clip], videos: torch.Tensor) -> torch.T
 
 
 def noisy(media: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Add noise of up to 0.1 to each sample, so that the network does not hang on what a generator cannot match."""
-    strength = 0.1 * torch.rand(len(media), *[1] * (media.ndim - 1), generator=generator)
+    """Add noise of up to 0.05 to each sample, so that the network does not hang on what a generator cannot match."""
+    strength = 0.05 * torch.rand(len(media), *[1] * (media.ndim - 1), generator=generator)
     return media + strength * torch.randn(media.shape, generator=generator)
 
 
@@ -109,7 +109,10 @@ def train(args: argparse.Namespace) -> WorldNet:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    renderer, net = Renderer("train", args.data), started(WorldNet())
+    renderer, net = (
+        Renderer("train", args.data),
+        load_worldnet(args.init_from).train().requires_grad_(True) if args.init_from else started(WorldNet()),
+    )
     net = net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.02)
     start, step, shown = time.process_time(), 0, 0.0
@@ -170,6 +173,7 @@ def main() -> None:
     parser.add_argument("--out", default="runs/fashion-world")
     parser.add_argument("--minutes", type=float, default=20, help="processor time per thread")
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--init-from", default=None, help="folder of a network to train on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", default=None, help="folder of Fashion-MNIST's idx files")

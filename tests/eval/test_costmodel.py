@@ -256,7 +256,8 @@ def test_senseless_shapes_and_sizes_are_refused():
     for changes in ({"kind": "unet"}, {"layers": 0}, {"heads": 5}, {"text_width": 0}, {"patch": (0, 1, 1)}):
         with pytest.raises(DitaError):
             replace(shape, **changes)
-    for arguments in ((16, 0), (0, 5), (16, -1), (16, 5, 0.0), (16, 5, 1.5), (16, 5, 1.0, 0)):
+    unfit: list[Any] = [(16, 0), (0, 5), (16, -1), (16, 5, 0.0), (16, 5, 1.5), (16, 5, 1.0, 0)]
+    for arguments in unfit:
         with pytest.raises(DitaError, match="expected"):
             step_flops(shape, *arguments)
     with pytest.raises(DitaError, match="expected 0 for dit"):
