@@ -76,9 +76,9 @@ def bootstrap_rows(
     """Percentile bootstrap interval of a statistic of a set of feature vectors, such as a Frechet distance.
 
     With the same seed the rows drawn are those of `bootstrap_interval`. A statistic that is biased in few samples is
-    biased once more by resampling, since a resample holds each row several times or not at all: with fewer rows than
-    some ten times D, the interval of a Frechet distance can lie wholly above the estimate. Read its width, and
-    compare intervals of the same N only.
+    biased once more by resampling, since a resample holds each row several times or not at all. The interval of a
+    Frechet distance that is not large against its bias in N rows therefore lies wholly above the estimate, even for 40
+    rows per feature: then only its width can be read.
 
     Args:
         features: float [N, D].

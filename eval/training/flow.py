@@ -106,7 +106,8 @@ class FlowTraining(ABC):
             inside = "blocks." in name or ".block." in name or ".layers." in name
             (matrices if parameter.ndim == 2 and inside and "bias" not in name else rest).append(parameter)
         lr = self.args.lr
-        return [Muon(matrices, lr=lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
+        adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+        return [Muon(matrices, lr=lr), adamw] if matrices else [adamw]
 
     def with_average(self) -> Any:
         """The pipeline with the averaged weights in float16, as it is written to disk."""

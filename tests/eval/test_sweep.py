@@ -255,3 +255,27 @@ def test_model_card_numbers(tiny_folder):
     assert card["class_accuracy"] < card["real"]["class_accuracy"]
     low, high = card["intervals"]["class_accuracy"]
     assert low <= card["class_accuracy"] <= high
+
+
+def test_peers_are_rows_like_others(tiny_folder, tmp_path):
+    options = {"samples": 4, "steps": 8, "threads": 1, "batch": 2}
+    recipes = [{"diffusers firstblock": {"threshold": 10.0}}, {"diffusers magcache": {"threshold": 10.0}}]
+    run_sweep(str(tiny_folder), tmp_path, settings=recipes, **options)
+    plain, first_block, magcache, _ = read_rows(tmp_path / "results.jsonl")
+    assert plain["computed_fraction"] == 1
+    for row in (first_block, magcache):
+        assert "error" not in row, row["error"]
+        assert row["origin"] == "peer"
+        assert row["computed_fraction"] < 1
+        assert row["flops_ratio"] < 1
+        assert math.isfinite(row["psnr"])
+        assert row["config"]["package"] == "diffusers"
+    assert magcache["calibration_seconds"] > 0
+
+
+def test_a_peer_that_refuses_the_pipeline_is_a_row_with_its_reason(tiny_folder, tmp_path):
+    recipes = [{"diffusers fastercache": {}}]
+    run_sweep(str(tiny_folder), tmp_path, settings=recipes, samples=2, steps=4, threads=1, guidance=1.0)
+    rows = read_rows(tmp_path / "results.jsonl")
+    assert "DitaError" in rows[1]["error"]
+    assert "failed" in (tmp_path / "report.html").read_text()
