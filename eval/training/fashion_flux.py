@@ -36,7 +36,7 @@ _MOST_GUIDANCE = 6.0
 
 
 def build_pipeline() -> FluxPipeline:
-    """Build the untrained pipeline: 7.2 M parameters."""
+    """Build the untrained pipeline: 6.9 M parameters."""
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=48,

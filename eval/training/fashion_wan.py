@@ -47,7 +47,7 @@ STAGES: tuple[tuple[float, tuple[Shape, ...]], ...] = (
 
 
 def build_pipeline() -> WanPipeline:
-    """Build the untrained pipeline: 4.4 M parameters."""
+    """Build the untrained pipeline: 2.6 M parameters."""
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=2,

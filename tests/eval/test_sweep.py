@@ -181,7 +181,9 @@ def test_speedup_is_the_median_over_pairs_whatever_the_machine_does_between(tiny
 def test_too_few_batches_are_drawn_again(tiny):
     bench = Bench(tiny, Sampling(samples=3, batch=2, steps=2, guidance=3.0, seed=0))
     drawn = []
-    cost = bench.run(Setting(FEWER_STEPS, "1 steps", 1), lambda media, indices: drawn.append((len(media.media), indices)))
+    cost = bench.run(
+        Setting(FEWER_STEPS, "1 steps", 1), lambda media, indices: drawn.append((len(media.media), indices))
+    )
     assert drawn == [(2, range(2)), (1, range(2, 3))]
     assert len(cost.seconds) == len(cost.plain_seconds) == 2
     assert merge([cost], None)["flops_ratio"] is None
