@@ -22,8 +22,9 @@ import torch
 import dita
 from dita import registry
 from dita.eval.environment import code_version, device_name, library_versions
-from dita.eval.pipelines import load_pipeline
+from dita.eval.pipelines import load_pipeline, pipeline_folder
 from dita.eval.sampling import Sampling, check_pipeline, draw
+from dita.eval.task import task_of
 from dita.eval.timing import pinned_threads, synchronize
 
 
@@ -62,10 +63,9 @@ def timed_run(pipe: Any, sampling: Sampling, config: Any) -> tuple[list[float], 
     with dita.accelerated(pipe, config), clock(pipe.transformer, pipe.device) as seconds:
         draw(pipe, sampling, indices)
         records = dita.report(pipe).last.records
-    skipped_steps = {record.step for record in records} - {r.step for r in records if r.action == "computed"}
     split: tuple[list[float], list[float]] = ([], [])
-    for step, value in enumerate(seconds):
-        split[step in skipped_steps].append(value)
+    for record, value in zip(records, seconds, strict=True):
+        split[record.action != "computed"].append(value)
     return split
 
 
@@ -73,9 +73,9 @@ def bench(pipe: Any, name: str, sampling: Sampling, repeats: int) -> dict[str, A
     """Gate and time one method; milliseconds."""
     cls = registry.get(name)
     indices = range(sampling.samples)
-    plain = draw(pipe, sampling, indices)
+    plain = draw(pipe, sampling, indices).media
     with dita.accelerated(pipe, cls.disabled()):
-        disabled = draw(pipe, sampling, indices)
+        disabled = draw(pipe, sampling, indices).media
     if not torch.equal(plain, disabled):
         return {"method": name, "error": "gate failed: the disabled setting differs from the plain run; not timed"}
     config = cls.forced()
@@ -107,14 +107,16 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=None, help="registry names; all if left out")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=None)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     pipe: Any = load_pipeline(args.model, device=args.device)
-    check_pipeline(pipe)
-    sampling = Sampling(args.batch, args.batch, args.steps, args.guidance, 0)
+    task = task_of(pipeline_folder(args.model))
+    guidance = task.guidance if args.guidance is None else args.guidance
+    sampling = Sampling(args.batch, args.batch, args.steps, guidance, 0, task.prompts(args.batch), task.call)
+    check_pipeline(pipe, sampling)
     with pinned_threads(args.threads) as threads:
         machine = {"device": device_name(args.device), "threads": threads, "code": code_version()}
         machine |= {"versions": library_versions(), **{k: getattr(args, k) for k in ("batch", "steps", "repeats")}}

@@ -176,7 +176,6 @@ def test_sweep_passes_its_options_on(sweeps: list[dict[str, Any]], tmp_path: Pat
     assert result.exit_code == 0, result.output
     assert sweeps == [
         {
-            "model": "fashion-dit",
             "out": tmp_path,
             "quick": True,
             "methods": ["taylorseer", "magcache", "bwcache"],
@@ -193,8 +192,35 @@ def test_sweep_passes_its_options_on(sweeps: list[dict[str, Any]], tmp_path: Pat
 
 def test_demo_is_the_quick_sweep(sweeps: list[dict[str, Any]]) -> None:
     assert invoke("demo").exit_code == 0
-    assert invoke("sweep", "--quick", "--out", "runs/quick").exit_code == 0
+    assert invoke("sweep", "--model", "fashion-dit", "--quick", "--out", "runs/quick").exit_code == 0
     assert sweeps[0] == sweeps[1]
+
+
+def test_a_sweep_file_is_read_and_options_go_over_it(sweeps: list[dict[str, Any]], tmp_path: Path) -> None:
+    file, prompts = tmp_path / "sweep.yaml", tmp_path / "prompts.txt"
+    file.write_text("model: fashion-flux\nsamples: 8\nsettings:\n  - taylorseer: {interval: [3, 4]}\n")
+    more = ["--samples", "4", "--prompts", str(prompts), "--device", "cuda", "--dtype", "bf16", "--peers"]
+    assert invoke("sweep", str(file), *more, "-c", "height=512", "-c", "negative_prompt=dull").exit_code == 0
+    assert sweeps == [
+        {
+            "model": "fashion-flux",
+            "out": Path("runs/sweep"),
+            "settings": [{"taylorseer": {"interval": [3, 4]}}],
+            "peers": True,
+            "samples": 4,
+            "prompts": prompts,
+            "device": "cuda",
+            "dtype": "bf16",
+            "call": {"height": 512, "negative_prompt": "dull"},
+        }
+    ]
+    file.write_text("settings: []\nsample: 3\n")
+    refused = invoke("sweep", str(file))
+    assert refused.exit_code == 2
+    assert "unknown keys sample" in " ".join(refused.output.split())
+    refused = invoke("sweep", "-c", "height:512")
+    assert refused.exit_code == 2
+    assert "expected name=value" in " ".join(refused.output.split())
 
 
 def test_errors_are_one_message_and_status_two(monkeypatch: pytest.MonkeyPatch) -> None:

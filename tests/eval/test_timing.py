@@ -69,7 +69,7 @@ def test_pipeline_count_is_torchs_own_plus_cpu_attention(tiny):
         draw(tiny, sampling, range(2))
     tokens, heads, width, blocks, guided, steps = 16, 2, 8, 2, 4, 3
     attention = steps * blocks * guided * heads * 4 * tokens * tokens * width
-    assert torch.equal(images, plain)
+    assert torch.equal(images.media, plain.media)
     assert flops == counter.get_total_flops() + attention
 
 
