@@ -151,7 +151,7 @@ class Sweep:
         row["config"] = setting.config.to_dict() if setting.config else None
         observed: list[tuple[int, Values]] = []
         shown: list[Drawn] = []
-        media = {"media": "image"}
+        media: dict[str, Any] = {"media": "image"}
 
         def observe(drawn: Drawn, indices: range) -> None:
             plain = None if setting.method == PLAIN else self._plain[indices.start]

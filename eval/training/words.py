@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import (
@@ -18,7 +20,7 @@ from dita.eval.world import vocabulary
 
 LENGTH = 16  # tokens of the longest caption (13 words and the end) and a little room
 _SPECIAL = ("[pad]", "[unk]", "[bos]", "[eos]")
-_SMALL = {"d_model": 128, "d_kv": 32, "num_heads": 4, "num_layers": 2, "d_ff": 256}
+_SMALL: dict[str, Any] = {"d_model": 128, "d_kv": 32, "num_heads": 4, "num_layers": 2, "d_ff": 256}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

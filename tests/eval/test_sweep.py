@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -261,7 +262,7 @@ def test_model_card_numbers(tiny_folder):
 
 
 def test_peers_are_rows_like_others(tiny_folder, tmp_path):
-    options = {"samples": 4, "steps": 8, "threads": 1, "batch": 2}
+    options: dict[str, Any] = {"samples": 4, "steps": 8, "threads": 1, "batch": 2}
     recipes = [{"diffusers firstblock": {"threshold": 10.0}}, {"diffusers magcache": {"threshold": 10.0}}]
     run_sweep(str(tiny_folder), tmp_path, settings=recipes, **options)
     plain, first_block, magcache, _ = read_rows(tmp_path / "results.jsonl")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -131,7 +132,8 @@ def test_lower_resolution_shows_the_same(renderer):
 @pytest.mark.parametrize("stages", [(3,), (3, 12), (3, 12, 48)])
 @pytest.mark.parametrize("shape", [(2, 3, 16, 8), (2, 3, 5, 8, 16)], ids=["image", "video"])
 def test_the_vae_loses_nothing(stages, shape):
-    vae, pixels = SpaceToDepthVAE(stages), torch.rand(shape)
+    vae: Any = SpaceToDepthVAE(stages)
+    pixels = torch.rand(shape)
     latents = vae.encode(pixels).latent_dist.sample()
     shrink = 2 ** (len(stages) - 1)
     assert latents.shape == (2, 3 * shrink**2, *shape[2:-2], shape[-2] // shrink, shape[-1] // shrink)
@@ -140,6 +142,7 @@ def test_the_vae_loses_nothing(stages, shape):
 
 def test_a_latent_channel_is_one_pixel_of_the_block():
     pixels = torch.arange(16.0).reshape(1, 1, 4, 4).expand(1, 3, 4, 4)
-    latents = SpaceToDepthVAE().encode(pixels).latent_dist.mode()
+    vae: Any = SpaceToDepthVAE()
+    latents = vae.encode(pixels).latent_dist.mode()
     assert latents[0, :4, 0, 0].tolist() == [0, 1, 4, 5]
     assert latents[0, 3].tolist() == [[5, 7], [13, 15]]
