@@ -10,17 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dita.eval.classifier import FashionClassifier, load_classifier
+    from dita.eval.costmodel import CostModel
     from dita.eval.data import CLASSES, load_fashion_mnist
     from dita.eval.flops import count_flops
+    from dita.eval.modelshape import ModelShape
     from dita.eval.pipelines import load_pipeline
     from dita.eval.rows import best_at, read_rows
     from dita.eval.sweep import run_sweep
     from dita.eval.timing import measure, pinned_threads
+    from dita.eval.winners import best_at_semantic
 
 _HOMES = {
     "CLASSES": "data",
+    "CostModel": "costmodel",
     "FashionClassifier": "classifier",
+    "ModelShape": "modelshape",
     "best_at": "rows",
+    "best_at_semantic": "winners",
     "count_flops": "flops",
     "load_classifier": "classifier",
     "load_fashion_mnist": "data",
@@ -33,8 +39,11 @@ _HOMES = {
 
 __all__ = [
     "CLASSES",
+    "CostModel",
     "FashionClassifier",
+    "ModelShape",
     "best_at",
+    "best_at_semantic",
     "count_flops",
     "load_classifier",
     "load_fashion_mnist",
