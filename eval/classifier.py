@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,13 +56,7 @@ class FashionClassifier(nn.Module):
         """
         if images.ndim != 4 or images.shape[1:] != (1, 32, 32):
             raise DitaError(f"images have shape {tuple(images.shape)}; the classifier expects [N, 1, 32, 32]")
-        maps = []
-        for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            images = F.relu(norm(conv(images)))
-            maps.append(images)
-            if index in (0, 2, 4):
-                images = F.max_pool2d(images, 2)
-        return maps
+        return feature_maps(self.convs, self.norms, images)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Compute the features before the last ReLU: images [N, 1, 32, 32] in [-1, 1] to float [N, 64]."""
@@ -73,14 +68,29 @@ class FashionClassifier(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write the weights as float16 safetensors and the three sizes as json into `folder`."""
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().cpu() for k, v in self.state_dict().items() if not k.endswith("num_batches_tracked")}
-        save_file({k: v.half().contiguous() for k, v in state.items()}, folder / _WEIGHTS)
         sizes = {"widths": list(self.widths), "features": self.num_features, "classes": self.classes}
-        (folder / _CONFIG).write_text(json.dumps(sizes, indent=2) + "\n")
+        save_network(self, sizes, Path(folder) / _WEIGHTS)
+
+
+def feature_maps(convs: nn.ModuleList, norms: nn.ModuleList, images: torch.Tensor) -> list[torch.Tensor]:
+    """Apply five convolutions with their norms and ReLUs, the sides halved after the first, third and fifth."""
+    maps = []
+    for index, (conv, norm) in enumerate(zip(convs, norms, strict=True)):
+        images = F.relu(norm(conv(images)))
+        maps.append(images)
+        if index in (0, 2, 4):
+            images = F.max_pool2d(images, 2)
+    return maps
+
+
+def save_network(net: nn.Module, sizes: dict[str, Any], path: Path) -> None:
+    """Write weights as float16 safetensors to `path`, and the sizes that rebuild the network as config.json beside."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().cpu() for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
+    save_file({k: v.half().contiguous() for k, v in state.items()}, path)
+    (path.parent / _CONFIG).write_text(json.dumps(sizes, indent=2) + "\n")
 
 
 def load_classifier(folder: str | Path | None = None, device: str | torch.device = "cpu") -> FashionClassifier:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dita.errors import DitaError
+from dita.eval.classifier import feature_maps, save_network
 from dita.eval.world import COLOURS, GARMENTS, MOTIONS, SIDE
 
 BUNDLED = Path(__file__).resolve().parent / "models" / "fashion-world"
@@ -62,13 +63,7 @@ class WorldNet(nn.Module):
         """Compute the five feature maps, after their ReLU, of views [N, 3, 32, 32] in [-1, 1]."""
         if views.ndim != 4 or views.shape[1:] != (3, SIDE, SIDE):
             raise DitaError(f"views have shape {tuple(views.shape)}; the world network expects [N, 3, {SIDE}, {SIDE}]")
-        maps = []
-        for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            views = F.relu(norm(conv(views)))
-            maps.append(views)
-            if index in (0, 2, 4):
-                views = F.max_pool2d(views, 2)
-        return maps
+        return feature_maps(self.convs, self.norms, views)
 
     def embedding(self, media: torch.Tensor) -> torch.Tensor:
         """Compute the feature layer of each view, before its ReLU: [N, views, features] of `media`; see `views_of`."""
@@ -100,13 +95,7 @@ class WorldNet(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write the weights as float16 safetensors and the sizes as json into `folder`."""
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().cpu() for k, v in self.state_dict().items() if not k.endswith("num_batches_tracked")}
-        save_file({k: v.half().contiguous() for k, v in state.items()}, folder / _WEIGHTS)
-        (folder / _CONFIG).write_text(json.dumps(self.config, indent=2) + "\n")
+        save_network(self, self.config, Path(folder) / _WEIGHTS)
 
 
 def views_of(media: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -10,6 +10,9 @@ from dita.errors import DitaError
 from dita.eval.classifier import FashionClassifier, in_batches
 from dita.eval.metrics.frechet import Gaussian, frechet_distance
 from dita.eval.metrics.pixel import check_images, check_pair
+
+if TYPE_CHECKING:
+    from dita.eval.worldnet import WorldNet
 
 
 @torch.no_grad()
@@ -40,12 +43,13 @@ def garment_perceptual_distance(
     """
     images, reference = check_pair(images, reference)
     pairs = torch.stack([images, reference], 1)
-    return in_batches(lambda part: _unit_difference(part[:, 0], part[:, 1], classifier), pairs)
+    return in_batches(lambda part: unit_difference(part[:, 0], part[:, 1], classifier), pairs)
 
 
-def _unit_difference(images: torch.Tensor, reference: torch.Tensor, classifier: FashionClassifier) -> torch.Tensor:
+def unit_difference(images: torch.Tensor, reference: torch.Tensor, net: FashionClassifier | WorldNet) -> torch.Tensor:
+    """Squared difference of unit-length channel vectors over the maps of `net`, float [N]; images in [0, 1]."""
     total = torch.zeros(len(images), device=images.device)
-    maps, others = classifier.maps(2 * images - 1), classifier.maps(2 * reference - 1)
+    maps, others = net.maps(2 * images - 1), net.maps(2 * reference - 1)
     for one, two in zip(maps, others, strict=True):
         one = torch.nn.functional.normalize(one, dim=1)
         two = torch.nn.functional.normalize(two, dim=1)

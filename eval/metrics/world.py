@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
+from dita.eval.classifier import in_batches
+from dita.eval.metrics.garment import unit_difference
 from dita.eval.metrics.pixel import check_pair
 from dita.eval.worldnet import WorldNet, views_of
 
@@ -35,10 +36,6 @@ def world_perceptual_distance(media: torch.Tensor, reference: torch.Tensor, net:
     """
     one, two = views_of(media), views_of(reference)
     first, second = check_pair(one.flatten(0, 1), two.flatten(0, 1))
-    total = torch.zeros(len(first))
-    for start in range(0, len(first), 250):
-        part = slice(start, start + 250)
-        for a, b in zip(net.maps(2 * first[part] - 1), net.maps(2 * second[part] - 1), strict=True):
-            difference = F.normalize(a, dim=1) - F.normalize(b, dim=1)
-            total[part] += difference.square().sum(1).mean((1, 2)) / 5
+    pairs = torch.stack([first, second], 1)
+    total = in_batches(lambda part: unit_difference(part[:, 0], part[:, 1], net), pairs, batch=250)
     return total.unflatten(0, one.shape[:2]).mean(1)

@@ -159,15 +159,9 @@ class FluxTraining(FlowTraining):
         generator = torch.Generator().manual_seed(0)
         clean, texts = self.batch(64, self.unseen, generator)
         level, noise = noise_levels(64, generator), torch.randn(clean.shape, generator=generator)
-        kept = {name: getattr(self.pipe, name) for name in self.trained}
-        try:
-            for name in self.trained:
-                setattr(self.pipe, name, self.ema[name])
-            noisy = torch.lerp(clean, noise, level.view(-1, 1, 1))
+        noisy = torch.lerp(clean, noise, level.view(-1, 1, 1))
+        with self.averaged():
             predicted = self.predict(self.pipe, self.pipe.transformer, noisy, level, texts, torch.ones(64))
-        finally:
-            for name, net in kept.items():
-                setattr(self.pipe, name, net)
         return flow_loss(predicted, clean, noise).item()
 
 

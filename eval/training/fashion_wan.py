@@ -133,15 +133,9 @@ class WanTraining(FlowTraining):
         generator = torch.Generator().manual_seed(0)
         clean, texts = self.batch(Shape(4, SIDE, 16), self.unseen, generator)
         level, noise = noise_levels(16, generator, _SHIFT), torch.randn(clean.shape, generator=generator)
-        kept = {name: getattr(self.pipe, name) for name in self.trained}
-        try:
-            for name in self.trained:
-                setattr(self.pipe, name, self.ema[name])
-            noisy = torch.lerp(clean, noise, level.view(-1, 1, 1, 1, 1))
+        noisy = torch.lerp(clean, noise, level.view(-1, 1, 1, 1, 1))
+        with self.averaged():
             predicted = self.predict(self.pipe, noisy, level, texts)
-        finally:
-            for name, net in kept.items():
-                setattr(self.pipe, name, net)
         return flow_loss(predicted, clean, noise).item()
 
 

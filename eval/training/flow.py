@@ -8,6 +8,8 @@ import json
 import os
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,17 @@ class FlowTraining(ABC):
     @abstractmethod
     def held_out(self) -> float:
         """Loss of the averaged weights on unseen data, always the same."""
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averaged networks into the pipeline for the length of a block."""
+        try:
+            for name in self.trained:
+                setattr(self.pipe, name, self.ema[name])
+            yield
+        finally:
+            for name in self.trained:
+                setattr(self.pipe, name, self.nets[name])
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         matrices, rest = [], []
