@@ -5,10 +5,54 @@ Importing this package registers every caching method.
 
 from __future__ import annotations
 
+from dita.caching.abcache import ABCache
+from dita.caching.adacache import AdaCache
 from dita.caching.bwcache import BWCache
+from dita.caching.cachequant import CacheQuant
+from dita.caching.cgtaylor import CGTaylor
 from dita.caching.dbcache import DBCache, FirstBlockCache
+from dita.caching.deltadit import DeltaDiT
+from dita.caching.dicache import DiCache
+from dita.caching.easycache import EasyCache
+from dita.caching.efficientvla import EfficientVLA
+from dita.caching.fastercache import FasterCache
+from dita.caching.foca import FoCa
+from dita.caching.foresight import Foresight
+from dita.caching.freqca import FreqCa
+from dita.caching.hicache import HiCache
+from dita.caching.hyca import HyCa
 from dita.caching.magcache import MagCache
 from dita.caching.magnitude import MagnitudeTable
+from dita.caching.pab import PAB
+from dita.caching.smoothcache import SmoothCache
+from dita.caching.table import Table
 from dita.caching.taylorseer import TaylorSeer
+from dita.caching.teacache import Rescaling, TeaCache
 
-__all__ = ["BWCache", "DBCache", "FirstBlockCache", "MagCache", "MagnitudeTable", "TaylorSeer"]
+__all__ = [
+    "PAB",
+    "ABCache",
+    "AdaCache",
+    "BWCache",
+    "CGTaylor",
+    "CacheQuant",
+    "DBCache",
+    "DeltaDiT",
+    "DiCache",
+    "EasyCache",
+    "EfficientVLA",
+    "FasterCache",
+    "FirstBlockCache",
+    "FoCa",
+    "Foresight",
+    "FreqCa",
+    "HiCache",
+    "HyCa",
+    "MagCache",
+    "MagnitudeTable",
+    "Rescaling",
+    "SmoothCache",
+    "Table",
+    "TaylorSeer",
+    "TeaCache",
+]

@@ -75,7 +75,7 @@ class DBCache(CachingMethod):
         warmup: first steps that are all computed.
         max_consecutive: skips in a row, -1 for no limit.
         max_total: skips per run and guidance branch, -1 for no limit.
-        order: 0 reuses the residual; 1 to 3 forecast it.
+        order: 0 reuses the residual; 1 to 5 forecast it.
         basis: of the forecast, "taylor" or "newton".
         follow_first: under sequential guidance the first branch decides for all.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -30,6 +30,9 @@ class Recipe:
         text: forecast the text stream too; without it a skipped span hands the text on as it came in.
         oldest_anchor: steps before this one are computed but not forecast from.
         follow_first: the step's first branch decides for all; otherwise each branch for itself.
+        from_probe: the residual is that of the trunk, from the input of the probe blocks on, not from their output.
+        sites: spans or modules to reuse, in place of those that `what` stands for.
+        watch: sites that the policy sees besides.
     """
 
     what: str
@@ -42,6 +45,9 @@ class Recipe:
     text: bool = True
     oldest_anchor: int = 0
     follow_first: bool = False
+    from_probe: bool = False
+    sites: tuple[Site, ...] = ()
+    watch: tuple[Site, ...] = ()
 
 
 @dataclass
@@ -49,7 +55,7 @@ class Stream:
     """State of one guidance branch and solver stage within a run."""
 
     policy: Policy
-    length: int
+    how: Forecast
     shapes: tuple[tuple[int, ...], ...]
     histories: dict[tuple[Site, int], History] = field(default_factory=dict)
     watched: dict[Site, torch.Tensor] = field(default_factory=dict)
@@ -59,7 +65,12 @@ class Stream:
 
     def history(self, site: Site, occurrence: int) -> History:
         """The ring of a site, made on first use."""
-        return self.histories.setdefault((site, occurrence), History(self.length))
+        return self.histories.setdefault((site, occurrence), History(self.how.anchors, self.how.retain))
+
+    def newest_of(self, site: Site) -> Features:
+        """The newest features kept of a site, () if there are none."""
+        history = self.histories.get((site, 0))
+        return history.newest if history is not None else ()
 
     def bytes_held(self) -> int:
         """Bytes of all tensors kept."""
@@ -76,13 +87,16 @@ def plan_sites(recipe: Recipe, anatomy: Anatomy, method: str) -> tuple[tuple[Sit
     Raises:
         DitaError: the model lacks the seam, or has too few blocks.
     """
+    policy = recipe.when()
     if recipe.what == "model":
-        return (Site("model", "model"),), (), None
+        return (Site("model", "model"),), recipe.watch, None
     anatomy.require("block", method)
     count = len(anatomy.blocks)
-    policy = recipe.when()
     probe = policy.probe_blocks
     watched = tuple(anatomy.span(n, n) for n in range(count)) if policy.watch_blocks else ()
+    watched += recipe.watch
+    if recipe.sites:
+        return recipe.sites, watched, anatomy.span(0, probe - 1) if probe else None
     if recipe.what == "module":
         anatomy.require("module", method)
         return tuple(part.site for part in anatomy.modules), watched, None
@@ -105,8 +119,9 @@ class CacheHandler:
         probe = () if self.probe is None else (self.probe,)
         self.sites: tuple[Site, ...] = tuple(dict.fromkeys((*probe, *self.reused, *self.watched)))
         self._reused, self._watched = frozenset(self.reused), frozenset(self.watched)
-        self._residual = recipe.keep == "residual" and recipe.what in ("trunk", "span")
+        self._residual = recipe.keep == "residual" and recipe.what in ("trunk", "span", "model")
         self._measures_residual = recipe.when().wants_residual and recipe.what in ("trunk", "span")
+        self._whole = len(set[int | Site]().union(*map(_units, self.reused)))
         self._streams: dict[tuple[str, int], Stream] = {}
         self._leader: tuple[tuple[int, int], Verdict] | None = None
         self.begin_run()
@@ -121,6 +136,8 @@ class CacheHandler:
         self._verdict: Verdict | None = None
         self._view: View | None = None
         self._changes: list[torch.Tensor] = []
+        self._stood_in: set[int | Site] = set()
+        self._origin: Features = ()
 
     def begin_call(self, call: Call) -> None:
         """Clear what belonged to the last call."""
@@ -131,23 +148,30 @@ class CacheHandler:
         stream = self._streams.get(key)
         if stream is None or stream.shapes != call.shapes:
             # Features of another shape are of no use: what a change of resolution leaves behind is a first step.
-            stream = self._streams[key] = Stream(self.recipe.when(), self.recipe.how.anchors, call.shapes)
+            stream = self._streams[key] = Stream(self.recipe.when(), self.recipe.how, call.shapes)
         return stream
 
     def compute(self, site: Site, call: Call, inputs: Features) -> bool:
-        """Probe and watched sites always run; all reused sites of a call share one decision."""
+        """Probe and watched sites always run; all reused sites of a call share one verdict."""
         if site not in self._reused:
             return True
         if self._verdict is None:
             self._verdict = self._decide(call)
             call.value, call.reason = self._verdict.value, self._verdict.reason
-        return self._verdict.compute
+        verdict = self._verdict
+        runs = verdict.compute or (verdict.computes is not None and verdict.computes(site))
+        # A site without a past cannot be skipped, whatever the policy says.
+        runs = runs or (site, 0) not in self._stream(call).histories
+        return runs
 
     def _make_view(self, call: Call) -> View:
         if self._view is None:
             stream = self._stream(call)
             gap = 0 if stream.newest is None else call.position.step - stream.newest
-            self._view = View(call.position, call.shapes, call.scheduler, gap, stream.skipped_in_row)
+            self._view = View(
+                call.position, call.shapes, call.scheduler, call.grid, call.latents, stream.newest_of, gap,
+                stream.skipped_in_row,
+            )  # fmt: skip
         return self._view
 
     def _decide(self, call: Call) -> Verdict:
@@ -157,7 +181,7 @@ class CacheHandler:
             verdict = Verdict(True, "first step")
         elif self.recipe.follow_first and self._leader is not None and self._leader[0] == moment:
             leader = self._leader[1]
-            return Verdict(leader.compute, f"as the first branch: {leader.reason}", leader.value)
+            return replace(leader, reason=f"as the first branch: {leader.reason}")
         else:
             verdict = self.recipe.guards.verdict(view, stream.skipped_total) or stream.policy.decide(view)
         if self._leader is None or self._leader[0] != moment:
@@ -165,26 +189,40 @@ class CacheHandler:
         return verdict
 
     def wants_inputs(self, site: Site) -> bool:
-        """Residuals need the inputs of their span."""
-        return site == self.probe or (site in self._reused and (self._residual or self._measures_residual))
+        """Residuals need the inputs of their span, and so do policies that watch one."""
+        if site == self.probe or site in self.recipe.watch:
+            return True
+        return site in self._reused and (self._residual or self._measures_residual)
 
     def computed(self, site: Site, occurrence: int, call: Call, inputs: Features, outputs: Features) -> None:
         """Keep what the recipe keeps."""
         stream, view = self._stream(call), self._make_view(call)
         if site == self.probe:
             view.probe = _difference(outputs[0], inputs[0])
-        if site in self._watched:
+            self._origin = inputs
+        if site in self._watched and stream.policy.watch_blocks:
             self._watch(stream, site, outputs[0])
+        if site == self.probe or site in self._watched or site in self._reused:
+            stream.policy.saw(site, inputs, outputs, view)
         if site not in self._reused:
             return
+        if site.kind == "model" and self._residual:
+            outputs = (outputs[0] - matching(inputs[0], outputs[0]), *outputs[1:])  # pyright: ignore
+            inputs = ()
+        inputs = self._start(site, inputs)
         if self._keeps_ends(site):
             outputs = (outputs[0], None)
-        if inputs:
+        if inputs and (self._residual or self._measures_residual):
             residual = tuple(_difference(o, i) for o, i in zip(outputs, inputs, strict=True))
             view.residual = residual[0] if self._measures_residual else None
             outputs = residual if self._residual else outputs
         if call.position.local_step >= self.recipe.oldest_anchor:
             stream.history(site, occurrence).push(call.position.step, outputs)
+
+    def _start(self, site: Site, inputs: Features) -> Features:
+        """Where a span's residual is measured from."""
+        probed = self.recipe.from_probe and self.probe is not None and site.first == self.probe.last + 1
+        return self._origin if probed and self._origin else inputs
 
     def _keeps_ends(self, site: Site) -> bool:
         """The text stream is left out: by the recipe, or because it ends with the blocks and nothing reads it."""
@@ -203,10 +241,22 @@ class CacheHandler:
 
     def skipped(self, site: Site, occurrence: int, call: Call, inputs: Features) -> Features:
         """Forecast the site's outputs from its anchors."""
-        history = self._stream(call).history(site, occurrence)
-        weights = self.recipe.how.weights(call.position.step, history.steps)
-        call.action = "reused" if self.recipe.how.order == 0 or len(weights) == 1 else "forecast"
-        forecast = history.combine(weights, inputs if self._residual else ())
+        self._stood_in |= _units(site)
+        stream, how = self._stream(call), self.recipe.how
+        history = stream.history(site, occurrence)
+        base: Features = ()
+        inputs = self._start(site, inputs)
+        if self._residual:
+            base = (matching(inputs[0], history.newest[0]),) if site.kind == "model" else inputs
+        weights = None if self._verdict is None else self._verdict.weights
+        if weights is not None:
+            forecast = history.combine(weights, base)
+        else:
+            forecast = how.forecast(history, base, site, call)
+        plain = (len(history.steps) if weights is None else len(weights)) == 1 or (how.order == 0 and weights is None)
+        call.action = "reused" if plain else "forecast"
+        if how.keeps_forecasts:
+            history.push(call.position.step, forecast, real=False)
         if self._keeps_ends(site):
             return (forecast[0], inputs[1])
         return forecast
@@ -216,6 +266,8 @@ class CacheHandler:
         if self._verdict is None:
             return
         stream, view = self._stream(call), self._make_view(call)
+        if call.action != "computed" and len(self._stood_in) < self._whole:
+            call.action = "partial"
         if self._changes:
             view.block_change = torch.stack(self._changes).mean(0)
         if self._verdict.compute:
@@ -229,6 +281,36 @@ class CacheHandler:
     def bytes_held(self) -> int:
         """Bytes kept over all streams."""
         return sum(stream.bytes_held() for stream in self._streams.values())
+
+
+def _units(site: Site) -> set[int | Site]:
+    """What a site stands for, for telling whether all of a model was reused: its blocks, or itself."""
+    return set(range(site.first, site.last + 1)) if site.kind == "span" else {site}
+
+
+def matching(latents: torch.Tensor | None, output: torch.Tensor | None) -> torch.Tensor:
+    """The latents laid out as a model's output: zeros for channels that only the output has, none of the others.
+
+    Models that also predict a variance return more channels than they take; those that read a mask or an image besides
+    the latents return fewer.
+
+    Raises:
+        DitaError: more than the channels differ.
+    """
+    if latents is None or output is None:
+        raise DitaError("the transformer was called without a tensor to denoise: there is no latent to compare with")
+    if latents.shape == output.shape:
+        return latents
+    same = latents.ndim == output.ndim and latents.shape[2:] == output.shape[2:] and latents.shape[0] == output.shape[0]
+    if not same or latents.ndim < 4:
+        raise DitaError(
+            f"the transformer maps {tuple(latents.shape)} to {tuple(output.shape)}; only the channels may differ for "
+            "the change of its latents to be reused"
+        )
+    shared = min(latents.shape[1], output.shape[1])
+    result = torch.zeros_like(output)
+    result[:, :shared] = latents[:, :shared]
+    return result
 
 
 def _difference(new: torch.Tensor | None, old: torch.Tensor | None) -> torch.Tensor | None:

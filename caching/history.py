@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -11,51 +11,71 @@ from dita.kernels.weighted_sum import weighted_sum
 from dita.seams import Features
 
 
+@dataclass
+class Entry:
+    """Features of one site at one step; `real` if computed, not forecast."""
+
+    step: int
+    features: Features
+    real: bool = True
+
+
 class History:
     """The newest features of one site, each with the step it was computed at.
 
-    What is kept is a copy: a model may write into its tensors later. The oldest entry's memory is used again.
+    What is kept is a copy: a model may write into its tensors later. The memory of what is dropped is used again.
 
     Args:
         length: entries kept.
+        retain: chooses among all entries, newest first, which are kept; if None the newest.
     """
 
-    def __init__(self, length: int) -> None:
-        self._entries: deque[tuple[int, Features]] = deque(maxlen=length)
+    def __init__(self, length: int, retain: Callable[[list[Entry]], list[Entry]] | None = None) -> None:
+        self._retain = retain or (lambda entries: entries[:length])
+        self._entries: list[Entry] = []
 
-    def push(self, step: int, features: Features) -> None:
-        """Keep a copy of `features`, computed at `step`, dropping the oldest entry if the ring is full."""
-        spare: Features = ()
-        if len(self._entries) == self._entries.maxlen:
-            spare = self._entries.pop()[1]
+    def push(self, step: int, features: Features, real: bool = True) -> None:
+        """Keep a copy of `features`, computed (or else forecast) at `step`, and drop what is no longer wanted."""
+        entry = Entry(step, features, real)
+        kept = self._retain([entry, *self._entries])
+        spare = next((old.features for old in self._entries if not any(old is e for e in kept)), ())
+        self._entries = kept
         if len(spare) != len(features):
             spare = (None,) * len(features)
-        kept = tuple(_copy(new, old) for new, old in zip(features, spare, strict=True))
-        self._entries.appendleft((step, kept))
+        entry.features = tuple(_copy(new, old) for new, old in zip(features, spare, strict=True))
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """Entries, newest first."""
+        return tuple(self._entries)
 
     @property
     def steps(self) -> list[int]:
         """Steps of the entries, newest first."""
-        return [step for step, _ in self._entries]
+        return [entry.step for entry in self._entries]
 
     @property
     def newest(self) -> Features:
         """The newest features."""
-        return self._entries[0][1]
+        return self._entries[0].features
 
-    def combine(self, weights: Sequence[float] | torch.Tensor, base: Features = ()) -> Features:
+    def combine(
+        self, weights: Sequence[float] | torch.Tensor, base: Features = (), only: int | None = None
+    ) -> Features:
         """The weighted sum of the newest entries, on top of `base` where given.
 
         Args:
             weights: one number per entry, newest first, or a tensor [entries, C] of weights per channel.
             base: tensors to add to, one per feature (a skipped span's inputs, when residuals are kept).
+            only: number of the one feature wanted; None for all.
 
         Returns:
             new tensors, summed in float32, in the features' dtype; None where the features are None.
         """
-        count = len(weights)
-        columns = zip(*(features for _, features in list(self._entries)[:count]), strict=True)
-        bases = base or (None,) * len(self.newest)
+        columns = list(zip(*(entry.features for entry in self._entries[: len(weights)]), strict=True))
+        bases = list(base or (None,) * len(self.newest))
+        if only is not None:
+            columns, bases = columns[only : only + 1], bases[only : only + 1]
         results: list[torch.Tensor | None] = []
         for column, start in zip(columns, bases, strict=True):
             tensors = [t for t in column if t is not None]
@@ -64,7 +84,7 @@ class History:
 
     def bytes_held(self) -> int:
         """Bytes of the tensors kept."""
-        return sum(t.numel() * t.element_size() for _, features in self._entries for t in features if t is not None)
+        return sum(t.numel() * t.element_size() for entry in self._entries for t in entry.features if t is not None)
 
 
 def _copy(new: torch.Tensor | None, old: torch.Tensor | None) -> torch.Tensor | None:

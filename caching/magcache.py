@@ -22,14 +22,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from dita.anatomy import Anatomy
-from dita.caching.base import CachingMethod, check_number, check_whole
+from dita.caching.base import check_number, check_whole
 from dita.caching.engine import Recipe
-from dita.caching.magnitude import Magnitudes, MagnitudeTable, measure
+from dita.caching.magnitude import Magnitudes, MagnitudeTable, measure_magnitudes
 from dita.caching.policy import Guards, Verdict, View
-from dita.errors import DitaError
-from dita.fingerprint import fingerprint
+from dita.caching.table import CalibratedMethod, Table, nearest_index, table_for
 from dita.registry import register
-from dita.seams import Site
 
 
 class MagnitudeGate(Magnitudes):
@@ -59,9 +57,9 @@ class MagnitudeGate(Magnitudes):
             return Verdict(True, "threshold 0")
         if position.local_step < self.retention * position.steps:
             return Verdict(True, "retention")
-        if self.index(position) in self.always:
+        if nearest_index(len(self.table.of(position)), position) in self.always:
             return Verdict(True, "always computed")
-        self._ratio *= self.ratio(position)
+        self._ratio *= self.table.ratio(position)
         self._error += abs(1 - self._ratio)
         self._skips += 1
         if self._skips <= self.max_skip and self._error < self.threshold:
@@ -76,7 +74,7 @@ class MagnitudeGate(Magnitudes):
 
 @register
 @dataclass(frozen=True)
-class MagCache(CachingMethod):
+class MagCache(CalibratedMethod):
     """MagCache's settings; the defaults are diffusers'.
 
     Attributes:
@@ -106,7 +104,8 @@ class MagCache(CachingMethod):
     arxiv: ClassVar[str] = "2506.09045"
     axes: ClassVar[str] = "image residual of the trunk; accumulated magnitude error from a table; reuse"
     seams: ClassVar[frozenset[str]] = frozenset({"block"})
-    needs_calibration: ClassVar[bool] = True
+    table_kind: ClassVar[type[Table]] = MagnitudeTable
+    schema: ClassVar[int] = 2
     citation: ClassVar[str] = """@inproceedings{ma2025magcache,
   title={MagCache: Fast Video Generation with Magnitude-Aware Cache},
   author={Ma, Zehong and Wei, Longhui and Wang, Feng and Zhang, Shiliang and Tian, Qi},
@@ -122,43 +121,21 @@ class MagCache(CachingMethod):
         for index in self.always:
             check_whole("an index in always", index, 0)
 
-    def _table_for(self, anatomy: Anatomy) -> MagnitudeTable:
-        table = self.table or MagnitudeTable.published(anatomy.family)
-        if table is None:
-            raise DitaError(
-                f"magcache has no magnitude ratios for {anatomy.name}: measure them with one run, "
-                'magcache = dita.calibrate(pipe, "magcache", lambda p: p(...), save="ratios.json")'
-            )
-        model = fingerprint(anatomy.model)
-        if table.model and table.model != model:
-            raise DitaError(f"these magnitude ratios were measured on {table.model}, not on {model}: calibrate again")
-        return table
-
-    def sites(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        """The trunk; asking needs no table yet."""
-        return self.disabled().handler(anatomy).sites
-
     def recipe(self, anatomy: Anatomy) -> Recipe:
         """The trunk's image residual, gated by the table."""
-        gate = self._table_for(anatomy) if self.threshold > 0 else MagnitudeTable(ratios={})
+        table = MagnitudeTable({})
+        if self.threshold > 0:
+            table = table_for(self.name, self.table or MagnitudeTable.published(anatomy.family), anatomy)
         return Recipe(
             what="trunk",
-            when=lambda: MagnitudeGate(gate, self.threshold, self.max_skip, self.retention, self.always),
+            when=lambda: MagnitudeGate(table, self.threshold, self.max_skip, self.retention, self.always),
             guards=Guards(warmup=1),
             text=False,
         )
 
     def calibrated(self, pipe: Any, call: Callable[[Any], Any]) -> MagCache:
         """Measure the ratios in one full run; the pipeline comes back as it was."""
-        return type(self)(self.threshold, self.max_skip, self.retention, self.always, measure(pipe, call))
-
-    @classmethod
-    def decode(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Rebuild the table from JSON."""
-        values = super().decode(values)
-        if values.get("table") is not None:
-            values["table"] = MagnitudeTable.from_dict(values["table"])
-        return values
+        return type(self)(self.threshold, self.max_skip, self.retention, self.always, measure_magnitudes(pipe, call))
 
     @classmethod
     def disabled(cls) -> MagCache:

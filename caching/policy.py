@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from dita.seams import Position
+from dita.seams import Features, Position, Site
 
 
 @dataclass
@@ -17,6 +18,9 @@ class View:
         position: where the call stands.
         shapes: shapes of the tensors that the transformer was called with.
         scheduler: fingerprint of the scheduler, see `dita.fingerprint`.
+        grid: frames, rows and columns of image tokens, () where the model does not tell.
+        latents: what the transformer denoises.
+        kept: returns the newest features that are kept of a reused site, () if there are none.
         gap: steps since the newest computed one of this stream; 0 before there is one.
         skipped_in_row: skipped steps since then.
         probe: after the probe blocks ran, their residual of the image stream [B, N, C]; None without a probe.
@@ -28,6 +32,9 @@ class View:
     position: Position
     shapes: tuple[tuple[int, ...], ...] = ()
     scheduler: str = ""
+    grid: tuple[int, ...] = ()
+    latents: torch.Tensor | None = None
+    kept: Callable[[Site], Features] = lambda site: ()
     gap: int = 0
     skipped_in_row: int = 0
     probe: torch.Tensor | None = None
@@ -37,11 +44,21 @@ class View:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A decision: compute or skip, the reason in words, and the indicator's value if there was one."""
+    """A decision about one call.
+
+    Attributes:
+        compute: all reused sites run.
+        reason: in words.
+        value: of the indicator, if there was one.
+        computes: where `compute` is False, says which of the sites run all the same; None for none of them.
+        weights: of the forecast, one per anchor, in place of the recipe's.
+    """
 
     compute: bool
     reason: str
     value: float | None = None
+    computes: Callable[[Site], bool] | None = None
+    weights: tuple[float, ...] | None = None
 
 
 class Policy:
@@ -49,6 +66,8 @@ class Policy:
 
     A fresh policy is made when a run starts, so that it needs no reset. It may assume that the first step of a run was
     computed before it is first asked.
+
+    It sees every site that the recipe reuses or watches through `saw`.
 
     Class attributes:
         probe_blocks: blocks at the front that always run; it is asked after them.
@@ -63,6 +82,16 @@ class Policy:
     def decide(self, view: View) -> Verdict:
         """Say whether this step is computed."""
         raise NotImplementedError
+
+    def saw(self, site: Site, inputs: Features, outputs: Features, view: View) -> None:
+        """A reused or watched site ran. What is kept of the tensors must be copied.
+
+        Args:
+            site: which.
+            inputs: a span's, where the recipe keeps residuals or watches the span; the model's latents; else empty.
+            outputs: of the site; an "entry" site's is what the first attention is about to read.
+            view: the call.
+        """
 
     def computed(self, view: View) -> None:
         """The step was computed, on this policy's word or not."""
@@ -122,6 +151,21 @@ class FixedInterval(Policy):
             return Verdict(True, "warm-up")
         due = (step - max(self.warmup - 1, 0)) % self.interval == 0
         return Verdict(due, f"interval {self.interval}")
+
+
+@dataclass
+class Periodic(Policy):
+    """Compute the first `warmup` steps, then those whose number is a multiple of `interval` (AB-Cache, Delta-DiT)."""
+
+    interval: int
+    warmup: int = 1
+
+    def decide(self, view: View) -> Verdict:
+        """Follow the schedule."""
+        step = view.position.local_step
+        if step < self.warmup:
+            return Verdict(True, "warm-up")
+        return Verdict(step % self.interval == 0, f"interval {self.interval}")
 
 
 def relative_l1(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:

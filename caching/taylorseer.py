@@ -32,10 +32,12 @@ class TaylorSeer(CachingMethod):
 
     Attributes:
         interval: one computed step, then interval - 1 forecast ones; 1 computes all.
-        order: of the expansion, 0 (reuse) to 3; order + 1 anchors are kept per site.
+        order: of the expansion, 0 (reuse) to 5; order + 1 anchors are kept per site.
         warmup: first steps that are all computed.
         granularity: "module" or "last-block".
         basis: "taylor" (published) or "newton".
+        amplification: limit on the sum of |weights|, kept by lowering the order where anchors are too close to the step
+            forecast; 0 for none, as published. See `Forecast`.
 
     Raises:
         DitaError: a setting out of range.
@@ -50,6 +52,7 @@ class TaylorSeer(CachingMethod):
     warmup: int = 3
     granularity: str = "module"
     basis: str = "taylor"
+    amplification: float = 0.0
 
     name: ClassVar[str] = "taylorseer"
     title: ClassVar[str] = "TaylorSeer"
@@ -69,14 +72,14 @@ class TaylorSeer(CachingMethod):
         check_whole("warmup", self.warmup, 1)
         if self.granularity not in ("module", "last-block"):
             raise DitaError(f"granularity is {self.granularity!r}; expected 'module' or 'last-block'")
-        Forecast(self.order, self.basis)
+        Forecast(self.order, self.basis, amplification=self.amplification)
 
     def recipe(self, anatomy: Anatomy) -> Recipe:
         """Fixed interval over modules or the trunk's output."""
         return Recipe(
             what="module" if self.granularity == "module" else "trunk",
             when=lambda: FixedInterval(self.interval, self.warmup),
-            how=Forecast(self.order, self.basis),
+            how=Forecast(self.order, self.basis, amplification=self.amplification),
             keep="output",
             # The authors start the differences at the last warm-up step but one.
             oldest_anchor=self.warmup - 2,

@@ -73,7 +73,8 @@ class Anatomy:
         family: short name of the declared family, "" for a discovered model.
         blocks: all blocks in execution order; empty if none were found.
         segments: maximal spans over which the streams stay the same (one for most models).
-        modules: attention and MLP modules inside the blocks.
+        modules: attention and MLP modules inside the blocks; where both run side by side, the projection that joins them.
+        inner: the attention modules that feed such projections.
         reasons: seam -> why it is missing.
         text_used_after: the text stream leaving the last block matters.
     """
@@ -83,6 +84,7 @@ class Anatomy:
     blocks: tuple[Block, ...] = ()
     segments: tuple[Site, ...] = ()
     modules: tuple[ModulePart, ...] = ()
+    inner: tuple[ModulePart, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)
     text_used_after: bool = True
 
@@ -97,10 +99,27 @@ class Anatomy:
             raise DitaError(f"{self.name} has blocks 0..{len(self.blocks) - 1}; a span {first}..{last} does not fit")
         return Site("span", f"blocks[{first}:{last + 1}]", first, last, ends=last == len(self.blocks) - 1)
 
+    def entry(self, number: int) -> Site:
+        """The site just before the attention of a block.
+
+        Raises:
+            DitaError: the block has no attention by that name.
+        """
+        block = self.blocks[number]
+        if not any("attn" in name or "attention" in name for name, _ in block.module.named_children()):
+            raise DitaError(f"{block.path} of {self.name} holds no attention module: there is no modulated input")
+        return Site("entry", f"entry of {block.path}", number, number)
+
     def spans(self, first: int, last: int) -> tuple[Site, ...]:
         """Blocks first..last cut where the streams change, so that each piece has one kind of input and output."""
         pieces = [(max(first, s.first), min(last, s.last)) for s in self.segments]
         return tuple(self.span(start, end) for start, end in pieces if start <= end)
+
+    def attentions(self, cross: bool = True) -> tuple[ModulePart, ...]:
+        """All attention modules in execution order; without `cross` only self-attention and joint attention."""
+        roles = ("attention", "cross-attention") if cross else ("attention",)
+        parts = [part for part in (*self.modules, *self.inner) if part.site.role in roles]
+        return tuple(sorted(parts, key=lambda part: part.site.block))
 
     def require(self, seam: str, method: str) -> None:
         """Raise `DitaError` with the reason if the seam is missing."""
@@ -134,9 +153,10 @@ def describe(model: nn.Module) -> Anatomy:
             blocks.append(Block(len(blocks), f"{list_name}.{number}", module, shape, parameters))
     modules = tuple(part for block in blocks for part in _modules_of(block))
     reasons = {} if modules else {"module": "no attention or MLP module was recognised inside its blocks"}
+    inner = tuple(part for block in blocks for part in _inner_of(block))
     bare = Anatomy(model, entry.family, tuple(blocks))
     segments = tuple(bare.span(first, last) for first, last in _segments(blocks))
-    return Anatomy(model, entry.family, tuple(blocks), segments, modules, reasons, entry.text_used_after)
+    return Anatomy(model, entry.family, tuple(blocks), segments, modules, inner, reasons, entry.text_used_after)
 
 
 def _segments(blocks: list[Block]) -> list[tuple[int, int]]:
@@ -145,6 +165,14 @@ def _segments(blocks: list[Block]) -> list[tuple[int, int]]:
         if set(before.entry.returns) != set(after.entry.returns):
             cuts.append(after.number)
     return [(start, end - 1) for start, end in zip(cuts, [*cuts[1:], len(blocks)], strict=True)]
+
+
+def _inner_of(block: Block) -> list[ModulePart]:
+    children = dict(block.module.named_children())
+    if PARALLEL_PROJECTION not in children or not all(name in children for name in PARALLEL_PARTS):
+        return []
+    name = PARALLEL_PARTS[0]
+    return [ModulePart(Site("module", f"{block.path}.{name}", block=block.number, role="attention"), children[name])]
 
 
 def _modules_of(block: Block) -> list[ModulePart]:
@@ -156,5 +184,10 @@ def _modules_of(block: Block) -> list[ModulePart]:
     for name, child in children.items():
         if _MODULE_NAME.match(name) and not isinstance(child, (nn.ModuleList, nn.Identity)):
             role = "attention" if "attn" in name or name == "attention" else "mlp"
+            # A block that reads the text but does not pass it on has it read by its second attention.
+            reads_text = "encoder" not in block.entry.returns and block.entry.encoder in block.parameters
+            crossing = name == "cross_attn" or (name == "attn2" and reads_text)
+            if role == "attention" and (crossing or getattr(child, "is_cross_attention", False)):
+                role = "cross-attention"
             parts.append(ModulePart(Site("module", f"{block.path}.{name}", block=block.number, role=role), child))
     return parts

@@ -41,6 +41,7 @@ class RunClock:
         self.running = False
         self.scheduler_fingerprint = ""
         self._begin: int | None = None
+        self._timesteps: list[float] | None = None
         self._calls: dict[int, list[str]] = {}
         self._first_step: dict[int, int] = {}
 
@@ -110,7 +111,16 @@ class RunClock:
             index=self.begin // order + step,
             schedule_length=math.ceil(len(self._scheduler.timesteps) / order),
             local_step=step - first,
+            timestep=self._timestep(self.begin + self.done),
         )
+
+    def _timestep(self, entry: int) -> float:
+        """An entry of the timestep list on the scale of 0..1000; read once a run, because reading waits for a GPU."""
+        if self._timesteps is None:
+            values = torch.as_tensor(self._scheduler.timesteps).flatten().float()
+            trained = getattr(getattr(self._scheduler, "config", None), "num_train_timesteps", None) or 1000
+            self._timesteps = (values * (1000 / trained)).tolist()
+        return self._timesteps[min(entry, len(self._timesteps) - 1)]
 
     def _start(self) -> None:
         timesteps = getattr(self._scheduler, "timesteps", None)
@@ -118,7 +128,7 @@ class RunClock:
         self.scheduler_fingerprint = fingerprint(self._scheduler)
         self.run += 1
         self.done = 0
-        self._begin = None
+        self._begin, self._timesteps = None, None
         self._calls.clear()
         self._first_step.clear()
         self._on_start()

@@ -12,8 +12,8 @@ from dita.errors import DitaWarning
 if TYPE_CHECKING:
     from dita.runtime import Timer
 
-_MARK = {"computed": "#", "reused": ".", "forecast": "~"}
-_COLOUR = {"computed": "#1f77b4", "reused": "#d9d9d9", "forecast": "#ffbf66"}
+_MARK = {"computed": "#", "partial": "+", "reused": ".", "forecast": "~"}
+_COLOUR = {"computed": "#1f77b4", "partial": "#9ecae1", "reused": "#d9d9d9", "forecast": "#ffbf66"}
 KEPT_RUNS = 20
 
 
@@ -24,7 +24,8 @@ class StepRecord:
     Attributes:
         step, stage: solver step from 0, and the model evaluation within it (1 is Heun's second).
         branch: "all", "cond", "uncond" or the pipeline's own name.
-        action: "computed", "reused" (the last value stands in) or "forecast" (a weighted sum of past values does).
+        action: "computed", "reused" (the last value stands in), "forecast" (a weighted sum of past values does) or
+            "partial" (some sites ran).
         value: the indicator behind the decision, None where a fixed schedule decided.
         reason: the decision in words.
         model: the pipeline's attribute holding the transformer.
@@ -81,7 +82,7 @@ class RunReport:
 
     @property
     def reused(self) -> int:
-        """Transformer calls that were reused or forecast."""
+        """Transformer calls of which at least a part was reused or forecast."""
         return sum(record.action != "computed" for record in self.records)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,11 +13,16 @@ import torch
 from dita.anatomy import Anatomy, Block, ModulePart
 from dita.clock import RunClock
 from dita.errors import DitaError
+from dita.grid import Grid, token_grid
 from dita.patch import Patch
 from dita.reporting import RunReport, StepRecord
-from dita.seams import Call, Features, Handler, Site
+from dita.seams import Call, Features, Handler, Position, Site
 
 Original = Callable[..., Any]
+
+
+class _Reached(Exception):
+    """A block got as far as its attention."""
 
 
 class Timer:
@@ -76,6 +82,9 @@ class ModelRuntime:
         self._open: dict[Site, Features] = {}
         self._skipping: tuple[Site, Handler, Features] | None = None
         self._shapes: dict[Any, Any] = {}
+        self._grids: dict[Any, Grid] = {}
+        self._parameters = tuple(inspect.signature(type(anatomy.model).forward).parameters)[1:]
+        self._entries = [(site, h) for h in self.handlers for site in h.sites if site.kind == "entry"]
         spans = [(site, handler) for handler in self.handlers for site in handler.sites if site.kind == "span"]
         self._starts = {n: [p for p in spans if p[0].first == n] for n in range(len(anatomy.blocks))}
         self._ends = {n: [p for p in spans if p[0].last == n] for n in range(len(anatomy.blocks))}
@@ -91,11 +100,11 @@ class ModelRuntime:
         if hasattr(model, "cache_context"):
             self._patch(model, "cache_context", self._cache_context)
         sites = {site for handler in self.handlers for site in handler.sites}
-        covered = {n for site in sites if site.kind == "span" for n in range(site.first, site.last + 1)}
+        covered = {n for site in sites if site.kind in ("span", "entry") for n in range(site.first, site.last + 1)}
         for block in self.anatomy.blocks:
             if block.number in covered:
                 self._patch(block.module, "forward", self._around_block(block))
-        for part in self.anatomy.modules:
+        for part in (*self.anatomy.modules, *self.anatomy.inner):
             if part.site in sites:
                 self._patch(part.module, "forward", self._around_module(part))
                 for feeder in part.feeders:
@@ -140,10 +149,11 @@ class ModelRuntime:
             return self._plain(original, args, kwargs)
         if self._run != self.clock.run:
             self._run = self.clock.run
+            self._grids.clear()
             for handler in self.handlers:
                 handler.begin_run()
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
-        call = Call(position, tuple(tuple(t.shape) for t in tensors), self.clock.scheduler_fingerprint)
+        call = self._describe(position, args, kwargs, tensors)
         timer = Timer(tensors[0].device if tensors else torch.device("cpu"))
         self._call = call
         self._occurrences.clear()
@@ -164,6 +174,18 @@ class ModelRuntime:
             self.bytes_held(),
         )
         return result
+
+    def _describe(
+        self, position: Position, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]
+    ) -> Call:
+        """Gather what a handler may know of a call."""
+        arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        latents = arguments.get("hidden_states")
+        latents = latents if isinstance(latents, torch.Tensor) else (tensors[0] if tensors else None)
+        shapes = tuple(tuple(t.shape) for t in tensors)
+        if shapes not in self._grids:
+            self._grids[shapes] = token_grid(self.anatomy.model, arguments, latents)
+        return Call(position, shapes, self.clock.scheduler_fingerprint, self._grids[shapes], latents)
 
     def _plain(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call that belongs to no step of this pipeline: untouched, and remembered nowhere."""
@@ -195,6 +217,9 @@ class ModelRuntime:
             if call is None:
                 return original(*args, **kwargs)
             if self._skipping is None:
+                for site, handler in self._entries:
+                    if site.first == block.number:
+                        handler.computed(site, 0, call, (), (self._entry(block, original, args, kwargs),))
                 for site, handler in starts:
                     inputs = block.read(args, kwargs)
                     if not handler.compute(site, call, inputs):
@@ -214,11 +239,38 @@ class ModelRuntime:
                     self._skipping = None
                 result = block.pack(streams)
             for site, handler in ends:
-                if site in self._open:
+                if self._skipping is not None:
+                    # What overlaps a skipped span and ends within it has no output this time.
+                    self._open.pop(site, None)
+                elif site in self._open:
                     handler.computed(site, 0, call, self._open.pop(site), streams)
             return result
 
         return around
+
+    def _entry(self, block: Block, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """Run a block up to its first attention and return what that is about to read."""
+        attention = next(c for n, c in block.module.named_children() if "attn" in n or "attention" in n)
+        seen: list[torch.Tensor] = []
+
+        def stop(module: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+            value = named.get("hidden_states", positional[0] if positional else None)
+            if isinstance(value, torch.Tensor):
+                seen.append(value)
+            raise _Reached
+
+        call, self._call = self._call, None
+        handle = attention.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+        try:
+            original(*args, **kwargs)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+            self._call = call
+        if not seen:
+            raise DitaError(f"{block.path} of {self.anatomy.name} ran without calling its attention: nothing to watch")
+        return seen[0]
 
     def _around_module(self, part: ModulePart) -> Any:
         handler = next(h for h in self.handlers if part.site in h.sites)
@@ -237,13 +289,14 @@ class ModelRuntime:
         """Run or skip a module or the model, whose output is a tensor, a tuple with Nones, or has `.sample`."""
         occurrence = self._occurrences.get(site, 0)
         self._occurrences[site] = occurrence + 1
-        if handler.compute(site, call, ()):
+        inputs = (call.latents,) if site.kind == "model" else ()
+        if handler.compute(site, call, inputs):
             result = original(*args, **kwargs)
             features, rebuild = _flatten(result)
             self._shapes[site, occurrence] = rebuild
-            handler.computed(site, occurrence, call, (), features)
+            handler.computed(site, occurrence, call, inputs, features)
             return result
-        return self._shapes[site, occurrence](handler.skipped(site, occurrence, call, ()))
+        return self._shapes[site, occurrence](handler.skipped(site, occurrence, call, inputs))
 
     def _around_feeder(self, part: ModulePart, feeder: torch.nn.Module) -> Any:
         """A module whose output only feeds a skipped one: stand in for it with zeros that take no memory."""

@@ -21,15 +21,16 @@ class Site:
     """One place of one model where a method may watch or act.
 
     Attributes:
-        kind: "model" (the whole call), "span" (consecutive blocks) or "module" (an attention or MLP inside a block).
+        kind: "model" (the whole call), "span" (consecutive blocks), "module" (an attention or MLP inside a block) or
+            "entry" (what the attention of block `first` is about to read; can be watched, not skipped).
         name: unique within the model, such as "blocks[0:8]" or "transformer_blocks.3.attn1".
         first, last: the span's block numbers, both included, counted over all block lists in execution order.
         block: the block number of a module site.
-        role: what the module is, such as "attention", "mlp" or "parallel".
+        role: what the module is: "attention" (self or joint), "cross-attention", "mlp" or "parallel" (both at once).
         ends: the span reaches the last block, so that only the image stream is used after it.
     """
 
-    kind: Literal["model", "span", "module"]
+    kind: Literal["model", "span", "module", "entry"]
     name: str
     first: int = -1
     last: int = -1
@@ -50,6 +51,7 @@ class Position:
         index: the step's number in the full schedule; differs from `step` when a run begins in the middle.
         schedule_length: solver steps of the full schedule.
         local_step: solver steps since this model was first called in the run (a second expert starts at 0).
+        timestep: of the training schedule, scaled to 0..1000.
     """
 
     step: int
@@ -59,6 +61,7 @@ class Position:
     index: int
     schedule_length: int
     local_step: int
+    timestep: float = 0.0
 
     @property
     def stream(self) -> tuple[str, int]:
@@ -74,12 +77,16 @@ class Call:
         position: where it stands.
         shapes: shapes of the tensors it was called with.
         scheduler: fingerprint of the scheduler.
+        grid: frames, rows and columns of image tokens, () where the model does not tell.
+        latents: what the transformer denoises, as it was called with it.
         action, value, reason: what was done, as in `dita.reporting.StepRecord`.
     """
 
     position: Position
     shapes: tuple[tuple[int, ...], ...] = ()
     scheduler: str = ""
+    grid: tuple[int, ...] = ()
+    latents: torch.Tensor | None = None
     action: str = "computed"
     value: float | None = None
     reason: str = ""
@@ -105,7 +112,7 @@ class Handler(Protocol):
         ...
 
     def computed(self, site: Site, occurrence: int, call: Call, inputs: Features, outputs: Features) -> None:
-        """The site ran: `inputs` are those of a span (empty otherwise)."""
+        """The site ran: `inputs` are those of a span (empty otherwise), copied where `wants_inputs` says so."""
 
     def skipped(self, site: Site, occurrence: int, call: Call, inputs: Features) -> Features:
         """The site did not run: return what stands in for its outputs."""

@@ -22,7 +22,7 @@ from dita.eval.timing import timed
 
 _LEAST_PAIRS = 2
 _UNSTEADY = 1.25  # largest over smallest time of the same plain run, above which a setting is marked
-_LETTERS = {"computed": "C", "reused": "R", "forecast": "F"}
+_LETTERS = {"computed": "C", "partial": "P", "reused": "R", "forecast": "F"}
 
 Observe = Callable[[Drawn, range], None]
 

@@ -8,8 +8,13 @@ from typing import NamedTuple
 
 from dita.errors import DitaError
 
-ACTIONS = {"C": "computed", "F": "forecast", "R": "reused"}
-_HEIGHTS = {"C": 12, "F": 8, "R": 3}  # of cells that stand on one ground line, so that it reads without colours
+ACTIONS = {"C": "computed", "P": "partial", "F": "forecast", "R": "reused"}
+_HEIGHTS = {
+    "C": 12,
+    "P": 10,
+    "F": 7,
+    "R": 3,
+}  # of cells that stand on one ground line, so that it reads without colours
 
 
 class Lane(NamedTuple):
@@ -24,7 +29,8 @@ def lanes(timeline: Mapping[str, str]) -> list[Lane]:
     """Draw the timeline of a run, one lane for each branch; branches that did the same share theirs.
 
     Args:
-        timeline: by branch, one letter per transformer call in order: C computed, R reused, F forecast. "cond/1" is
+        timeline: by branch, one letter per transformer call in order: C computed, P partly computed, R reused, F
+            forecast. "cond/1" is
             the second model evaluation in a solver step of the branch "cond".
 
     Returns:
@@ -79,7 +85,7 @@ def _spoken(branch: str) -> str:
 def _describe(letters: str) -> str:
     computed = [place for place, letter in enumerate(letters) if letter == "C"]
     where = f" ({ranges(computed)})" if 0 < len(computed) < len(letters) else ""
-    others = [f"{letters.count(letter)} {ACTIONS[letter]}" for letter in "FR" if letter in letters]
+    others = [f"{letters.count(letter)} {ACTIONS[letter]}" for letter in "PFR" if letter in letters]
     return ", ".join([f"{len(computed)} of {len(letters)} computed{where}", *others])
 
 

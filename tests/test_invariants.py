@@ -11,6 +11,7 @@ from helpers import METHODS, THREE, assert_same_snapshot, configured, plain, sna
 from pipelines import TINY
 
 import dita
+from dita import registry
 
 pytestmark = [pytest.mark.parametrize("tiny", THREE), pytest.mark.parametrize("method", METHODS)]
 
@@ -49,15 +50,16 @@ def test_forced_skips_and_restores(method: str, tiny: str) -> None:
 def test_same_seed_same_output_whatever_came_between(method: str, tiny: str) -> None:
     call = TINY[tiny].call
     pipe = build(method, tiny)
+    bound = getattr(registry.get(method), "bound", False)
     first = call(pipe)
     assert torch.equal(call(pipe), first), "twice in a row"
-    with pytest.warns(dita.DitaWarning) if method == "magcache" else _nothing():
+    with pytest.warns(dita.DitaWarning) if bound else _nothing():
         call(pipe, steps=11)
     assert torch.equal(call(pipe), first), "after another number of steps"
     call(pipe, batch=2)
     assert torch.equal(call(pipe), first), "after another batch size"
     if tiny != "dit":  # DiTPipeline has one resolution
-        with pytest.warns(dita.DitaWarning) if method == "magcache" else _nothing():
+        with pytest.warns(dita.DitaWarning) if bound else _nothing():
             call(pipe, size="large")
         assert torch.equal(call(pipe), first), "after another resolution"
 

@@ -53,7 +53,7 @@ def test_magcache_table_round_trips() -> None:
     table = MagnitudeTable({"cond/0": (1.0, 0.98), "uncond/0": (1.0, 1.02)}, "M:1", "S:2", (4, 8, 8))
     config = MagCache(threshold=0.1, table=table)
     assert Method.from_json(config.to_json()) == config
-    broken = config.to_json().replace('"ratios"', '"ratio"')
+    broken = config.to_json().replace('"values"', '"value"')
     with pytest.raises(DitaError, match="not a table"):
         Method.from_json(broken)
 
@@ -77,7 +77,7 @@ def test_from_json_refuses(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("cls", "settings"),
     [
-        (TaylorSeer, {"interval": 2.5}), (TaylorSeer, {"order": 4}), (TaylorSeer, {"warmup": 0}),
+        (TaylorSeer, {"interval": 2.5}), (TaylorSeer, {"order": 6}), (TaylorSeer, {"warmup": 0}),
         (TaylorSeer, {"granularity": "blocks"}), (TaylorSeer, {"basis": "fourier"}), (TaylorSeer, {"interval": True}),
         (DBCache, {"fn": 0}), (DBCache, {"bn": -1}), (DBCache, {"threshold": -0.1}), (DBCache, {"max_consecutive": -2}),
         (FirstBlockCache, {"threshold": math.nan}), (FirstBlockCache, {"threshold": math.inf}),

@@ -100,7 +100,7 @@ def test_settled_blocks_needs_every_sample() -> None:
 
 
 def table(*ratios: float, **conditions: Any) -> MagnitudeTable:
-    return MagnitudeTable({"cond/0": tuple(ratios)}, **conditions)
+    return MagnitudeTable({"cond/0": tuple(ratios)}, steps=len(ratios), **conditions)
 
 
 def test_magnitude_gate_accumulates_products() -> None:
@@ -125,7 +125,7 @@ def test_magnitude_gate_limits() -> None:
 
 def test_magnitude_table_is_read_at_the_nearest_step() -> None:
     gate = MagnitudeGate(table(1.0, 1.1, 1.2, 1.3, 1.4), 1.0, 9, 0.0, ())
-    assert [gate.ratio(view(s, 9).position) for s in (0, 2, 4, 6, 8)] == [1.0, 1.1, 1.2, 1.3, 1.4]
+    assert [gate.table.ratio(view(s, 9).position) for s in (0, 2, 4, 6, 8)] == [1.0, 1.1, 1.2, 1.3, 1.4]
     with pytest.warns(DitaWarning, match="5 steps .now 9"):
         gate.decide(view(1, 9))
 
@@ -149,9 +149,9 @@ def test_magcache_calibrates_saves_loads_and_refuses_another_model(tmp_path: Any
     path = tmp_path / "wan.json"
     magcache = dita.calibrate(pipe, "magcache", wan.call, save=path, threshold=0.12)
     assert isinstance(magcache, MagCache) and magcache.table is not None and dita.load_method(path) == magcache
-    assert set(magcache.table.ratios) == {"cond/0", "uncond/0"}
-    assert all(len(r) == 8 and r[0] == 1.0 for r in magcache.table.ratios.values())
-    assert len(set(magcache.table.ratios["cond/0"])) > 4, "real ratios differ from step to step"
+    assert set(magcache.table.values) == {"cond/0", "uncond/0"}
+    assert all(len(r) == 8 and r[0] == 1.0 for r in magcache.table.values.values())
+    assert len(set(magcache.table.values["cond/0"])) > 4, "real ratios differ from step to step"
     other = dit.build()
     with pytest.raises(DitaError, match="calibrate again"):
         dita.accelerate_pipeline(other, magcache)

@@ -5,75 +5,14 @@ The hand-written loops below use nothing of dita. They drive the same transforme
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from handwritten import STEPS, Trunk, assert_same, by_dita, by_hand, relative, run_all
 from pipelines import TINY
 
-import dita
 from dita.caching import BWCache, DBCache, FirstBlockCache, MagCache, TaylorSeer
-
-STEPS = 14
-
-
-class HandWritten:
-    """DiT's forward around a trunk that a paper's algorithm replaces: trunk(h, block) -> H, once per step."""
-
-    def __init__(
-        self, pipe: Any, trunk: Callable[[torch.Tensor, list[Callable[..., torch.Tensor]]], torch.Tensor]
-    ) -> None:
-        self.model, self.trunk = pipe.transformer, trunk
-        self.computed: list[int] = []
-
-    def __call__(self, hidden_states: torch.Tensor, timestep: Any = None, class_labels: Any = None, **_: Any) -> Any:
-        model = self.model
-        h = model.pos_embed(hidden_states)
-        blocks = [
-            lambda x, b=block: b(x, timestep=timestep, class_labels=class_labels) for block in model.transformer_blocks
-        ]
-        h = self.trunk(h, blocks)
-        emb = model.transformer_blocks[0].norm1.emb(timestep, class_labels, hidden_dtype=h.dtype)
-        shift, scale = model.proj_out_1(torch.nn.functional.silu(emb)).chunk(2, dim=1)
-        h = model.proj_out_2(model.norm_out(h) * (1 + scale[:, None]) + shift[:, None])
-        side, patch, out = int(h.shape[1] ** 0.5), model.patch_size, model.out_channels
-        h = h.reshape(-1, side, side, patch, patch, out)
-        h = torch.einsum("nhwpqc->nchpwq", h).reshape(-1, out, side * patch, side * patch)
-        return type("Output", (), {"sample": h})
-
-
-def by_hand(trunk: Callable[..., torch.Tensor]) -> torch.Tensor:
-    pipe = TINY["dit"].build()
-    vars(pipe.transformer)["forward"] = HandWritten(pipe, trunk).__call__
-    return TINY["dit"].call(pipe, steps=STEPS, batch=2)
-
-
-def by_dita(config: Any) -> tuple[torch.Tensor, Any]:
-    pipe = TINY["dit"].build()
-    if config.needs_calibration:
-        config = config.calibrated(pipe, lambda p: TINY["dit"].call(p, steps=STEPS, batch=2))
-    dita.accelerate_pipeline(pipe, config)
-    output = TINY["dit"].call(pipe, steps=STEPS, batch=2)
-    return output, dita.report(pipe).last
-
-
-def assert_same(config: Any, trunk: Callable[..., torch.Tensor], computed: list[int]) -> None:
-    expected = by_hand(trunk)
-    output, run = by_dita(config)
-    assert list(run.computed_steps) == computed and 1 < len(computed) < STEPS
-    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
-
-
-def relative(new: torch.Tensor, old: torch.Tensor) -> float:
-    """Largest over samples of mean |new - old| / mean |old|."""
-    return max(((n - o).abs().mean() / o.abs().mean()).item() for n, o in zip(new, old, strict=True))
-
-
-def run_all(h: torch.Tensor, blocks: list[Callable[..., torch.Tensor]]) -> torch.Tensor:
-    for block in blocks:
-        h = block(h)
-    return h
 
 
 def test_the_hand_written_forward_is_the_models() -> None:
@@ -86,9 +25,11 @@ def test_taylorseer_last_block(order: int) -> None:
     """The authors' ladder: D'[0] = F, D'[j+1] = (D'[j] - D[j]) / gap, with differences from step first - 1 on."""
     interval, first = 3, 3
     state: dict[str, Any] = {"step": -1, "last": None, "ladder": []}
-    computed: list[int] = []
 
-    def trunk(h: torch.Tensor, blocks: Any) -> torch.Tensor:
+    def make(computed: list[int]) -> Trunk:
+        return lambda h, blocks: trunk(h, blocks, computed)
+
+    def trunk(h: torch.Tensor, blocks: Any, computed: list[int]) -> torch.Tensor:
         state["step"] += 1
         step = state["step"]
         if step < first or (step - first + 1) % interval == 0:
@@ -106,8 +47,7 @@ def test_taylorseer_last_block(order: int) -> None:
         return sum(factors[j] * d for j, d in enumerate(state["ladder"]))  # pyright: ignore[reportReturnType]
 
     config = TaylorSeer(interval=interval, order=order, warmup=first, granularity="last-block")
-    assert_same(config, trunk, [0, 1, 2, 5, 8, 11])
-    assert computed == [0, 1, 2, 5, 8, 11]
+    assert_same(config, make, [0, 1, 2, 5, 8, 11])
 
 
 @pytest.mark.parametrize(("fn", "bn", "order"), [(1, 0, 0), (2, 1, 0), (1, 1, 1)])
@@ -115,9 +55,11 @@ def test_dbcache(fn: int, bn: int, order: int) -> None:
     """ParaAttention's gate and cache-dit's split, one decision for the batch by its worst sample."""
     threshold, warmup = 0.25, 3
     state: dict[str, Any] = {"step": -1, "anchors": []}
-    computed: list[int] = []
 
-    def trunk(h: torch.Tensor, blocks: Any) -> torch.Tensor:
+    def make(computed: list[int]) -> Trunk:
+        return lambda h, blocks: trunk(h, blocks, computed)
+
+    def trunk(h: torch.Tensor, blocks: Any, computed: list[int]) -> torch.Tensor:
         state["step"] += 1
         step = state["step"]
         front = run_all(h, blocks[:fn])
@@ -136,10 +78,7 @@ def test_dbcache(fn: int, bn: int, order: int) -> None:
             state["anchors"] = [(step, middle - front), *state["anchors"]][: order + 1]
         return run_all(middle, blocks[len(blocks) - bn :])
 
-    by_hand(trunk)
-    schedule, computed[:] = list(computed), []
-    state.update(step=-1, anchors=[])
-    assert_same(DBCache(fn=fn, bn=bn, threshold=threshold, warmup=warmup, order=order), trunk, schedule)
+    assert_same(DBCache(fn=fn, bn=bn, threshold=threshold, warmup=warmup, order=order), make)
 
 
 def test_first_block_cache_is_dbcache_with_one_block() -> None:
@@ -162,9 +101,11 @@ def test_magcache() -> None:
 
     by_hand(measuring)
     state: dict[str, Any] = {"step": -1, "ratio": 1.0, "error": 0.0, "skips": 0}
-    computed: list[int] = []
 
-    def trunk(h: torch.Tensor, blocks: Any) -> torch.Tensor:
+    def make(computed: list[int]) -> Trunk:
+        return lambda h, blocks: trunk(h, blocks, computed)
+
+    def trunk(h: torch.Tensor, blocks: Any, computed: list[int]) -> torch.Tensor:
         state["step"] += 1
         step = state["step"]
         if step >= retention * STEPS:
@@ -179,19 +120,18 @@ def test_magcache() -> None:
         state["residual"] = out - h
         return out
 
-    by_hand(trunk)
-    schedule, computed[:] = list(computed), []
-    state.update(step=-1, ratio=1.0, error=0.0, skips=0)
-    assert_same(MagCache(threshold=threshold, max_skip=most, retention=retention), trunk, schedule)
+    assert_same(MagCache(threshold=threshold, max_skip=most, retention=retention), make)
 
 
 def test_bwcache() -> None:
     """Mean block change at computed steps; a trigger freezes the trunk for R steps; the last K // 2 are computed."""
     threshold, reuse = 0.6, 0.1
     state: dict[str, Any] = {"step": -1, "left": 0, "outputs": None, "tail": None}
-    computed: list[int] = []
 
-    def trunk(h: torch.Tensor, blocks: Any) -> torch.Tensor:
+    def make(computed: list[int]) -> Trunk:
+        return lambda h, blocks: trunk(h, blocks, computed)
+
+    def trunk(h: torch.Tensor, blocks: Any, computed: list[int]) -> torch.Tensor:
         state["step"] += 1
         step = state["step"]
         in_tail = state["tail"] is not None and step >= state["tail"]
@@ -218,7 +158,4 @@ def test_bwcache() -> None:
         state["outputs"] = outputs
         return h
 
-    by_hand(trunk)
-    schedule, computed[:] = list(computed), []
-    state.update(step=-1, left=0, outputs=None, tail=None)
-    assert_same(BWCache(threshold=threshold, reuse=reuse), trunk, schedule)
+    assert_same(BWCache(threshold=threshold, reuse=reuse), make)

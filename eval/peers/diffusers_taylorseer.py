@@ -105,7 +105,7 @@ def module_patterns(anatomy: Anatomy, modules: str) -> tuple[list[str], list[str
         if modules == "all":
             cached.append(part.site.name)
             skipped += feeders
-        elif part.site.role == "attention":
+        elif "attention" in part.site.role:
             cached.append(part.site.name)
         else:
             cached += [path for path in feeders if path.endswith("attn")]

@@ -1,0 +1,165 @@
+"""FreqCa: reuse the low frequencies of the trunk's residual, forecast the high ones.
+
+Liu et al., "FreqCa: Accelerating Diffusion Models via Frequency-Aware Caching", arXiv 2510.08669.
+
+Kept: one tensor, the residual of the image stream over all blocks. When: the first `warmup` steps, then every
+`interval`-th. How: split over the token grid by an orthonormal cosine transform of rows and columns; the lowest
+`cutoff` of the frequencies on each axis are the low band, which is reused, and the rest is forecast by a Hermite sum
+(see HiCache) of order `order`. The arithmetic is in float32.
+
+Differences: the bands being linear, the forecast is taken over the whole residual and its low band put back, which
+needs one transform per skipped step and no memory for bands. The authors' transform assumes a square grid; here rows
+and columns may differ, video is transformed frame by frame, and where a model does not tell its grid the transform runs
+along the tokens (as theirs does, by Fourier, for Qwen-Image). They keep signed distances of both signs, which cancel.
+Confidence: medium; the shape of the authors' low band (a box, or a disc) is not known to us.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+
+from dita.anatomy import Anatomy
+from dita.caching.base import CachingMethod, check_number, check_whole
+from dita.caching.engine import Recipe
+from dita.caching.forecast import Forecast
+from dita.caching.history import History
+from dita.caching.policy import FixedInterval
+from dita.registry import register
+from dita.seams import Call, Features, Site
+
+
+@lru_cache(maxsize=64)
+def low_pass(length: int, cutoff: float) -> torch.Tensor:
+    """The projection onto the lowest `cutoff` of the cosine frequencies of a row, at least the constant one.
+
+    Returns:
+        float32 [length, length], symmetric.
+
+    Example:
+        >>> low_pass(4, 0.1)[0]
+        tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    """
+    kept = max(1, math.floor(cutoff * length))
+    place = torch.arange(length, dtype=torch.float64) + 0.5
+    waves = torch.cos(math.pi / length * torch.arange(kept, dtype=torch.float64)[:, None] * place)
+    waves = waves / waves.norm(dim=1, keepdim=True)
+    return (waves.T @ waves).float()
+
+
+def low_band(tokens: torch.Tensor, grid: tuple[int, ...], cutoff: float) -> torch.Tensor:
+    """The low frequencies of tokens over their grid, frame by frame.
+
+    Args:
+        tokens: [B, N, C], any float dtype.
+        grid: frames, rows, columns with N tokens in all, else the transform runs along N.
+        cutoff: fraction of the frequencies on each axis.
+
+    Returns:
+        float32 [B, N, C].
+
+    Example:
+        >>> low_band(torch.arange(4.0).view(1, 4, 1), (1, 2, 2), 0.1).flatten()
+        tensor([1.5000, 1.5000, 1.5000, 1.5000])
+    """
+    batch, count, channels = tokens.shape
+    frames, rows, columns = grid if len(grid) == 3 and math.prod(grid) == count else (1, count, 1)
+    planes = tokens.float().reshape(batch, frames, rows, columns, channels)
+    across, down = (low_pass(n, cutoff).to(tokens.device) for n in (columns, rows))
+    return torch.einsum("rs,bfsdc,de->bfrec", down, planes, across).reshape(batch, count, channels)
+
+
+@dataclass(frozen=True)
+class BandForecast(Forecast):
+    """A forecast whose low band is the newest anchor's."""
+
+    cutoff: float = 0.1
+
+    def forecast(self, history: History, base: Features, site: Site, call: Call) -> Features:
+        """See `Forecast.forecast`."""
+        ahead = history.combine(self.weights(call.position.step, history.steps))
+        results = []
+        for new, now, start in zip(ahead, history.newest, base or (None,) * len(ahead), strict=True):
+            if new is None or now is None:
+                results.append(start)
+                continue
+            band = new.float() + low_band(now.float() - new.float(), call.grid, self.cutoff)
+            results.append((band if start is None else band + start.float()).to(now.dtype))
+        return tuple(results)
+
+
+@register
+@dataclass(frozen=True)
+class FreqCa(CachingMethod):
+    """FreqCa's settings.
+
+    Attributes:
+        interval: one computed step, then interval - 1 forecast ones; 1 computes all. Published: 6 and 9.
+        order: of the high band's forecast, 0 to 5.
+        cutoff: fraction of the frequencies that make the low band, from 0 to 1.
+        scale: of the Hermite polynomials.
+        warmup: first steps that are all computed.
+
+    Raises:
+        DitaError: a setting out of range.
+
+    Example:
+        >>> FreqCa(interval=9).label()
+        'interval=9'
+    """
+
+    interval: int = 6
+    order: int = 2
+    cutoff: float = 0.1
+    scale: float = 0.71
+    warmup: int = 3
+
+    name: ClassVar[str] = "freqca"
+    title: ClassVar[str] = "FreqCa"
+    arxiv: ClassVar[str] = "2510.08669"
+    confidence: ClassVar[str] = "medium"
+    axes: ClassVar[str] = "image residual of the trunk; fixed interval; low band reused, high band by Hermite forecast"
+    seams: ClassVar[frozenset[str]] = frozenset({"block"})
+    citation: ClassVar[str] = """@article{liu2025freqca,
+  title={FreqCa: Accelerating Diffusion Models via Frequency-Aware Caching},
+  author={Liu, Jiacheng and others},
+  journal={arXiv preprint arXiv:2510.08669},
+  year={2025}
+}"""
+
+    def validate(self) -> None:
+        """Check ranges."""
+        check_whole("interval", self.interval, 1)
+        check_whole("warmup", self.warmup, 1)
+        check_number("cutoff", self.cutoff, 0, 1)
+        check_number("scale", self.scale, 1e-3, 1)
+        Forecast(self.order, "hermite", self.scale)
+
+    def recipe(self, anatomy: Anatomy) -> Recipe:
+        """Fixed interval over the trunk's image residual."""
+        return Recipe(
+            what="trunk",
+            when=lambda: FixedInterval(self.interval, self.warmup),
+            how=BandForecast(self.order, "hermite", self.scale, cutoff=self.cutoff),
+            text=False,
+            oldest_anchor=self.warmup - 2,
+        )
+
+    @classmethod
+    def disabled(cls) -> FreqCa:
+        """Every step computed."""
+        return cls(interval=1)
+
+    @classmethod
+    def forced(cls) -> FreqCa:
+        """Every other step forecast."""
+        return cls(interval=2, warmup=1)
+
+    @classmethod
+    def ladder(cls) -> tuple[FreqCa, ...]:
+        """Intervals 3 to 9, with a warm-up of 5 as for TaylorSeer."""
+        return tuple(cls(interval=n, warmup=5) for n in (3, 4, 6, 9))

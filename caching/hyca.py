@@ -1,0 +1,298 @@
+"""HyCa: a solver of its own for every cluster of channels, chosen once per model.
+
+Zheng et al., "Let Features Decide Their Own Solvers: Hybrid Feature Caching for Diffusion Transformers", ICLR 2026,
+arXiv 2510.04188.
+
+Kept: outputs of every attention and MLP before the adaLN gate. When: the first `warmup` steps, then every `interval`-th.
+How: the channels of each module are clustered by how they move (size of first and second differences, their ratio, the
+third's, energy, spectral flatness); each cluster takes the solver of the pool with the least squared error. All solvers
+being weighted sums of anchors, the forecast is one weighted sum with a vector of weights per anchor.
+
+Confidence: medium. The appendix with the solvers' exact forms was not available: the pool is reuse, Taylor of order 1
+and 2 (TaylorSeer's ladder), Adams-Bashforth 2, BDF2, its trapezoidal correction (Adams-Moulton) and the midpoint rule
+(Runge-Kutta), each on slopes between computed steps. Differences: the solver is chosen by its error over the whole skip
+distance, averaged over its steps, where the paper takes one step ahead; the calibration looks at the whole run where the
+paper takes the first few steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from dita.anatomy import Anatomy
+from dita.caching.base import check_whole
+from dita.caching.engine import Recipe
+from dita.caching.forecast import Forecast, taylor_weights
+from dita.caching.history import History
+from dita.caching.policy import FixedInterval, View
+from dita.caching.table import CalibratedMethod, Measurement, Recorder, Table, measure, table_for
+from dita.errors import DitaError
+from dita.registry import register
+from dita.seams import Call, Features, Site
+
+_ANCHORS = 3
+_TOKENS = 64  # per sample, that the calibration looks at
+
+
+def _slopes(anchors: Sequence[int]) -> tuple[list[float], list[float]]:
+    """Weights of the newest slope between anchors, and of the one before (the same where there are but two)."""
+    d1 = anchors[0] - anchors[1]
+    new = [1 / d1, -1 / d1, 0.0]
+    if len(anchors) < _ANCHORS:
+        return new[:2], new[:2]
+    d2 = anchors[1] - anchors[2]
+    return new, [0.0, 1 / d2, -1 / d2]
+
+
+def solver_weights(solver: str, k: int, anchors: Sequence[int]) -> list[float]:
+    """Weights of one solver of the pool, one per anchor; all sum to 1.
+
+    Args:
+        solver: a name in SOLVERS.
+        k: steps from the newest anchor to the one forecast.
+        anchors: steps of the anchors, newest first, at most 3.
+
+    Example:
+        >>> solver_weights("adams-bashforth", 1, [4, 2, 0])
+        [1.75, -1.0, 0.25]
+    """
+    if solver == "reuse" or len(anchors) < 2:
+        return [1.0] + [0.0] * (len(anchors) - 1)
+    if solver.startswith("taylor"):
+        used = taylor_weights(k, anchors[: int(solver[-1]) + 1])
+        return used + [0.0] * (len(anchors) - len(used))
+    new, old = _slopes(anchors)
+    now = [1.0] + [0.0] * (len(anchors) - 1)
+    bend = [a - b for a, b in zip(new, old, strict=True)]
+    before = [0.0, 1.0] + [0.0] * (len(anchors) - 2)
+    gap = anchors[0] - anchors[1]
+    # BDF2 over a step as long as the gap, (4 F0 - F1) / 3 + 2/3 gap F', taken k / gap of the way.
+    bdf = [(4 * a - b) / 3 + 2 / 3 * gap * s for a, b, s in zip(now, before, new, strict=True)]
+    change = {
+        "adams-bashforth": [k * (1.5 * a - 0.5 * b) for a, b in zip(new, old, strict=True)],
+        "bdf": [k / gap * (b - a) for a, b in zip(now, bdf, strict=True)],
+        # Slope halfway, extrapolated from the two slopes.
+        "runge-kutta": [k * (s + k / (2 * gap) * c) for s, c in zip(new, bend, strict=True)],
+        # The mean of the slope now and the one that Adams-Bashforth's forecast implies.
+        "adams-moulton": [k * (s + 0.25 * c) for s, c in zip(new, bend, strict=True)],
+    }[solver]
+    return [a + c for a, c in zip(now, change, strict=True)]
+
+
+SOLVERS = ("reuse", "taylor 1", "taylor 2", "adams-bashforth", "bdf", "runge-kutta", "adams-moulton")
+
+
+def describe_channels(features: torch.Tensor) -> torch.Tensor:
+    """How each channel moves over the steps.
+
+    Args:
+        features: float32 [S, T, C]: steps, tokens, channels; S at least 4.
+
+    Returns:
+        float32 [C, 6], each column standardised.
+
+    Example:
+        >>> describe_channels(torch.randn(8, 4, 5)).shape
+        torch.Size([5, 6])
+    """
+    first = features.diff(dim=0)
+    second = first.diff(dim=0)
+    third = second.diff(dim=0)
+    sizes = [d.square().mean((0, 1)).clamp_min(1e-12).sqrt() for d in (features, first, second, third)]
+    power = torch.fft.rfft(features - features.mean(0), dim=0).abs().square().mean(1)[1:].clamp_min(1e-20)
+    flatness = power.log().mean(0).exp() / power.mean(0)
+    columns = [sizes[1] / sizes[0], sizes[2] / sizes[0], sizes[0], sizes[3] / sizes[1], sizes[2] / sizes[1], flatness]
+    table = torch.stack([column.log() for column in columns], 1)
+    return (table - table.mean(0)) / table.std(0).clamp_min(1e-6)
+
+
+def cluster(points: torch.Tensor, count: int, rounds: int = 20) -> torch.Tensor:
+    """K-means from the points furthest apart, so that the same points always give the same clusters.
+
+    Args:
+        points: float32 [N, D].
+        count: clusters, at most N.
+
+    Returns:
+        int64 [N] of cluster numbers.
+
+    Example:
+        >>> cluster(torch.tensor([[0.0], [0.1], [5.0]]), 2).tolist()
+        [1, 1, 0]
+    """
+    centres = points[points.norm(dim=1).argmax()][None]
+    while len(centres) < count:
+        far = torch.cdist(points, centres).amin(1).argmax()
+        centres = torch.cat([centres, points[far][None]])
+    groups = torch.cdist(points, centres).argmin(1)
+    for _ in range(rounds):
+        for number in range(count):
+            if (groups == number).any():
+                centres[number] = points[groups == number].mean(0)
+        moved = torch.cdist(points, centres).argmin(1)
+        if torch.equal(moved, groups):
+            break
+        groups = moved
+    return groups
+
+
+def choose(features: torch.Tensor, groups: torch.Tensor, interval: int) -> list[int]:
+    """For each cluster the solver of least squared error over the skipped steps of equal intervals.
+
+    Args:
+        features: float32 [S, T, C].
+        groups: int64 [C].
+        interval: of the schedule; runs too short for three anchors are judged on shorter intervals.
+
+    Returns:
+        numbers in SOLVERS, one per cluster.
+    """
+    interval = max(1, min(interval, (len(features) - 2) // 2))
+    horizon = max(1, interval - 1)
+    errors = torch.zeros(len(SOLVERS), features.shape[-1])
+    for newest in range(2 * interval, len(features) - 1):
+        anchors = [newest, newest - interval, newest - 2 * interval]
+        for k in range(1, min(horizon, len(features) - 1 - newest) + 1):
+            for number, solver in enumerate(SOLVERS):
+                weights = torch.tensor(solver_weights(solver, k, anchors), dtype=features.dtype)
+                forecast = torch.einsum("a,atc->tc", weights, features[anchors])
+                errors[number] += (forecast - features[newest + k]).square().mean(0)
+    return [int(errors[:, groups == g].sum(1).argmin()) for g in range(int(groups.max()) + 1)]
+
+
+@dataclass(frozen=True)
+class Hybrid(Forecast):
+    """A forecast with a solver per channel.
+
+    Attributes:
+        table: "site, output" -> the solver of each channel.
+    """
+
+    table: Table = field(default_factory=lambda: Table({}))
+
+    def forecast(self, history: History, base: Features, site: Site, call: Call) -> Features:
+        """See `Forecast.forecast`; outputs that the calibration did not see take Taylor's order 1."""
+        steps = history.steps
+        rows = [solver_weights(solver, call.position.step - steps[0], steps) for solver in SOLVERS]
+        results: list[torch.Tensor | None] = []
+        for number in range(len(history.newest)):
+            newest = history.newest[number]
+            chosen = self.table.values.get(f"{site.name}, {number}")
+            if newest is None:
+                results.append(None)
+            elif chosen is None or len(chosen) != newest.shape[-1]:
+                results.append(history.combine(rows[1])[number])
+            else:
+                weights = torch.tensor(rows, device=newest.device)[list(chosen)].T
+                results.append(history.combine(weights, only=number)[0])
+        return tuple(results)
+
+
+class _Recorder(Recorder):
+    """Keeps some tokens of every module's outputs at every step."""
+
+    def saw(self, site: Site, inputs: Features, outputs: Features, view: View) -> None:
+        """Keep them on the host."""
+        if site.kind != "module":
+            return
+        for number, new in enumerate(outputs):
+            if new is not None and new.ndim == 3:
+                stride = max(1, new.shape[1] // _TOKENS)
+                kept = self.sink.seen.setdefault(f"{site.name}, {number}", {}).setdefault(view.position.stream, [])
+                kept.append(new[:, ::stride].flatten(0, 1).float().cpu())
+
+
+@register
+@dataclass(frozen=True)
+class HyCa(CalibratedMethod):
+    """HyCa's settings.
+
+    Attributes:
+        interval: one computed step, then interval - 1 forecast ones; 1 computes all. Published: 4 to 7 for FLUX, 3, 6
+            and 8 for Qwen-Image, 6 for HunyuanVideo, 2 for four-step models.
+        warmup: first steps that are all computed.
+        clusters: of the channels of each module.
+        table: the solver of every channel, from `dita.calibrate`.
+
+    Raises:
+        DitaError: a setting out of range; on attaching, no calibration, or one of another model.
+
+    Example:
+        >>> HyCa(interval=7).label()
+        'interval=7'
+    """
+
+    interval: int = 5
+    warmup: int = 3
+    clusters: int = 3
+    table: Table | None = field(default=None, repr=False)
+
+    name: ClassVar[str] = "hyca"
+    title: ClassVar[str] = "HyCa"
+    arxiv: ClassVar[str] = "2510.04188"
+    confidence: ClassVar[str] = "medium"
+    axes: ClassVar[str] = "modules; fixed interval; a solver per cluster of channels"
+    seams: ClassVar[frozenset[str]] = frozenset({"module"})
+    bound: ClassVar[bool] = False
+    citation: ClassVar[str] = """@inproceedings{zheng2026hyca,
+  title={Let Features Decide Their Own Solvers: Hybrid Feature Caching for Diffusion Transformers},
+  author={Zheng, Shikang and Feng, Liang and Wang, Xinyu and Zhou, Qinming and Cai, Peiliang and Zou, Chang and
+    Liu, Jiacheng and Lin, Yuqi and Chen, Junjie and Ma, Yue and Zhang, Linfeng},
+  booktitle={International Conference on Learning Representations},
+  year={2026}
+}"""
+
+    def validate(self) -> None:
+        """Check ranges."""
+        check_whole("interval", self.interval, 1)
+        check_whole("warmup", self.warmup, 1)
+        check_whole("clusters", self.clusters, 1, 16)
+
+    def recipe(self, anatomy: Anatomy) -> Recipe:
+        """Fixed interval over modules."""
+        table = Table({}) if self.interval == 1 else table_for(self.name, self.table, anatomy)
+        return Recipe(
+            what="module",
+            when=lambda: FixedInterval(self.interval, self.warmup),
+            how=Hybrid(_ANCHORS - 1, table=table),
+            keep="output",
+            oldest_anchor=self.warmup - 2,
+        )
+
+    def calibrated(self, pipe: Any, call: Callable[[Any], Any]) -> HyCa:
+        """Cluster the channels and choose the solvers in one full run; the pipeline comes back as it was."""
+
+        def build(anatomy: Anatomy, sink: Measurement) -> Recipe:
+            anatomy.require("module", self.name)
+            watch = tuple(part.site for part in anatomy.modules)
+            return Recipe(what="trunk", when=lambda: _Recorder(sink), watch=watch)
+
+        sink = measure(pipe, call, build)
+        values = {}
+        for name, streams in sink.seen.items():
+            features = torch.cat([torch.stack(kept) for kept in streams.values()], dim=1)
+            if len(features) < 4:
+                raise DitaError(f"hyca needs a calibration run of at least 4 steps, got {len(features)}")
+            groups = cluster(describe_channels(features), min(self.clusters, features.shape[-1]))
+            solvers = choose(features, groups, self.interval)
+            values[name] = [solvers[g] for g in groups.tolist()]
+        return type(self)(self.interval, self.warmup, self.clusters, sink.table(Table, values, pipe))
+
+    @classmethod
+    def disabled(cls) -> HyCa:
+        """Every step computed; needs no calibration."""
+        return cls(interval=1)
+
+    @classmethod
+    def forced(cls) -> HyCa:
+        """Every other step forecast."""
+        return cls(interval=2, warmup=1)
+
+    @classmethod
+    def ladder(cls) -> tuple[HyCa, ...]:
+        """Intervals 3 to 7, with a warm-up of 5 as for TaylorSeer."""
+        return tuple(cls(interval=n, warmup=5) for n in (3, 4, 5, 7))
