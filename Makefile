@@ -29,8 +29,10 @@ demo: $(VENV)/.installed
 bench: $(VENV)/.installed-eval dataset
 	$(PINNED) $(BIN)/dita sweep --model $(MODEL) --threads $(THREADS) --out runs/full
 
+# One process a core, each on one thread: most tests are too small for two threads to help.
 test: check dataset browser
-	$(PINNED) $(OFFLINE) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(OFFLINE) \
+	  $(BIN)/python -m pytest -n $(THREADS) --dist worksteal $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

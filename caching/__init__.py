@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dita.caching.abcache import ABCache
 from dita.caching.adacache import AdaCache
+from dita.caching.bac import BAC
 from dita.caching.bwcache import BWCache
 from dita.caching.cachequant import CacheQuant
 from dita.caching.cgtaylor import CGTaylor
@@ -30,6 +31,7 @@ from dita.caching.taylorseer import TaylorSeer
 from dita.caching.teacache import Rescaling, TeaCache
 
 __all__ = [
+    "BAC",
     "PAB",
     "ABCache",
     "AdaCache",

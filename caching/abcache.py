@@ -1,7 +1,7 @@
 """AB-Cache: extrapolate the model's output from its last computed values, one equal step ahead.
 
-Yu et al., "AB-Cache: Training-Free Acceleration of Diffusion Models via Adams-Bashforth Cached Feature Reuse",
-ACM MM 2025, arXiv 2504.10540.
+Yu et al., "AB-Cache: Training-Free Acceleration of Diffusion Models via Adams-Bashforth Cached Feature Reuse", ACM MM
+2025, arXiv 2504.10540.
 
 Kept: the transformer's output. When: the first `warmup` steps, then every step whose number is a multiple of
 `interval` (0..4, 6, 12, ..., 48 of 50 as published). How: sum_j (-1)^j C(points, j + 1) F_j over the newest `points`
@@ -9,8 +9,8 @@ outputs, the polynomial of degree points - 1 one equal step ahead; as in the aut
 distance nor with the gaps between anchors, so that all skips after one computed step reuse the same value.
 
 The authors extrapolate after guidance is applied. The weights being the same for both branches, extrapolating each
-branch gives the same combination. `push_forecasts` lets forecasts enter the queue; the description is ambiguous on it,
-and a reading of the authors' code says no.
+branch gives the same combination. `push_forecasts` lets forecasts enter the queue; the description is ambiguous on
+it, and a reading of the authors' code says no.
 """
 
 from __future__ import annotations

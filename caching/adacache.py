@@ -5,10 +5,10 @@ Kahatapitiya et al., "Adaptive Caching for Faster Video Generation with Diffusio
 Kept: the authors keep, per block, the gated attention residual and the joint residual of cross-attention and MLP. All
 blocks share one decision and residuals are only added, so that what stands in for a skipped step is the trunk's
 residual: one tensor, kept here, with the same result. When: at a computed step, the change of one layer's attention
-output since the last computed one, c = |C - R|_1 / |C|_1 over the steps between them, gives by the codebook the number
-of steps until the next computed one. The first and the last two steps are computed. Motion regularisation (video only):
-c is multiplied by M + |gradient of M|, with M the eighth power of the frames' relative change over 0.385.
-How: reuse.
+output since the last computed one, c = |C - R|_1 / |C|_1 over the steps between them, gives by the codebook the
+number of steps until the next computed one. The first and the last two steps are computed. Motion regularisation
+(video only): c is multiplied by M + |gradient of M|, with M the eighth power of the frames' relative change over
+0.385. How: reuse.
 
 Differences: the change is read off the attention module's output before the adaLN gate, and per sample, the largest
 counting. Codebooks belong to a number of steps: the default is the authors' fast one for 30 steps.

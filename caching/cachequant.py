@@ -2,14 +2,14 @@
 
 Liu, Li and Gu, "CacheQuant: Comprehensively Accelerated Diffusion Models", CVPR 2025, arXiv 2503.01323.
 
-Kept: the residual over all blocks. The authors keep the input of one up-sampling block of a U-Net; the trunk's residual
-is what corresponds to it in a transformer. When: the steps are cut into segments, one step computed at the head of each,
-so that the summed L1 distance of the features within a segment to its head is least; a segment is half to twice as long
-as `interval`. How: F = a F_head + b with a and b per channel, fitted by least squares to one run, for every skipped
-step.
+Kept: the residual over all blocks. The authors keep the input of one up-sampling block of a U-Net; the trunk's
+residual is what corresponds to it in a transformer. When: the steps are cut into segments, one step computed at the
+head of each, so that the summed L1 distance of the features within a segment to its head is least; a segment is half
+to twice as long as `interval`. How: F = a F_head + b with a and b per channel, fitted by least squares to one run,
+for every skipped step.
 
-The calibration is for one interval. Only the cache is built: quantisation and the second correction behind it belong to
-the authors' quantiser. The authors fit to many samples; a call that draws a batch does the same here.
+The calibration is for one interval. Only the cache is built: quantisation and the second correction behind it belong
+to the authors' quantiser. The authors fit to many samples; a call that draws a batch does the same here.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ class CacheQuant(CalibratedMethod):
         reach = 2 * self.interval
         distance = [[0.0] * min(reach, sink.steps - 1 - i) for i in range(sink.steps)]
         for kept in sink.seen.values():
-            for i, j in ((i, j) for i in range(sink.steps) for j in range(len(distance[i]))):
+            for i, j in [(i, j) for i, row in enumerate(distance) for j in range(len(row))]:
                 # A step that the run left out (image-to-image) is as far as can be from all others.
                 known = i in kept and i + 1 + j in kept
                 distance[i][j] += (kept[i + 1 + j] - kept[i]).abs().mean().item() if known else 1e30

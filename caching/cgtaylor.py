@@ -1,12 +1,12 @@
 """CG-Taylor: run the first block, and skip the rest while a Taylor forecast of that block's output proves right.
 
-Guan et al., "Forecasting When to Forecast: Accelerating Diffusion Models with Confidence-Gated Taylor",
-arXiv 2508.02240.
+Guan et al., "Forecasting When to Forecast: Accelerating Diffusion Models with Confidence-Gated Taylor", arXiv
+2508.02240.
 
-Kept: the outputs (hidden states, not residuals) of the first block, the probe, and of the last block, the target. When:
-every step runs the probe; with e the relative L1 error of its Taylor forecast, a step whose e stays below `threshold`
-is skipped; the first `warmup` steps and the last one are computed. How: a Taylor forecast of the target. Both ladders
-move on computed steps only, and a computed step goes on from the probe's output.
+Kept: the outputs (hidden states, not residuals) of the first block, the probe, and of the last block, the target.
+When: every step runs the probe; with e the relative L1 error of its Taylor forecast, a step whose e stays below
+`threshold` is skipped; the first `warmup` steps and the last one are computed. How: a Taylor forecast of the target.
+Both ladders move on computed steps only, and a computed step goes on from the probe's output.
 
 Published thresholds: FLUX 0.13 and 0.03 with orders (1, 1); Wan 2.1 0.36 with (3, 1); DiT-XL 0.008 with (3, 1).
 Confidence: high for DiT, medium for FLUX and Wan, whose code could not be read. Difference: the error is taken per

@@ -2,9 +2,9 @@
 
 Chen et al., "Delta-DiT: A Training-Free Acceleration Method Tailored for Diffusion Transformers", arXiv 2406.01125.
 
-Kept: the residual over the rear span and over the front span. When: steps whose number is a multiple of `interval` are
-computed. On the others, in the first `switch` of the run (when outlines form) the rear span is skipped, after that
-(details) the front span. How: reuse, added to the span's present input.
+Kept: the residual over the rear span and over the front span. When: steps whose number is a multiple of `interval`
+are computed. On the others, in the first `switch` of the run (when outlines form) the rear span is skipped, after
+that (details) the front span. How: reuse, added to the span's present input.
 
 Confidence: medium. The paper's formula was read, of the code only a port to FLUX. The authors keep one span at a time
 and compute a step in full at the switch; keeping both spares it.

@@ -2,16 +2,16 @@
 
 Bu et al., "DiCache: Let Diffusion Model Determine Its Own Cache", ICLR 2026, arXiv 2508.17356.
 
-Kept: the residual of the image stream over all blocks at the two newest computed steps, and the probe's residual there.
-When: every step runs the first `depth` blocks; the relative L1 change of their output against the step before (skipped
-or not) is added up, and a step is skipped while the sum stays below `threshold`; a computed step sets it to 0 and goes
-on from the probe's output. The first `retention` of the steps are computed. How: R_2 + g (R_1 - R_2), newest R_1, with
-g = mean|p - P_2| / mean|P_1 - P_2| from the probe's residuals, at least 1 and at most `most`.
+Kept: the residual of the image stream over all blocks at the two newest computed steps, and the probe's residual
+there. When: every step runs the first `depth` blocks; the relative L1 change of their output against the step before
+(skipped or not) is added up, and a step is skipped while the sum stays below `threshold`; a computed step sets it to
+0 and goes on from the probe's output. The first `retention` of the steps are computed. How: R_2 + g (R_1 - R_2),
+newest R_1, with g = mean|p - P_2| / mean|P_1 - P_2| from the probe's residuals, at least 1 and at most `most`.
 
-Published: FLUX threshold 0.4 with retention 0.2 and most 1.5; HunyuanVideo 0.1; Wan 0.08 with most 2. Differences: the
-change is taken per sample and the largest counts (the authors average over the batch). `minus_input` subtracts the
-change of the trunk's input, the authors' other indicator. Their FLUX code never empties its window; here a run starts
-afresh.
+Published: FLUX threshold 0.4 with retention 0.2 and most 1.5; HunyuanVideo 0.1; Wan 0.08 with most 2. Differences:
+the change is taken per sample and the largest counts (the authors average over the batch). `minus_input` subtracts
+the change of the trunk's input, the authors' other indicator. Their FLUX code never empties its window; here a run
+starts afresh.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ class DiCache(CachingMethod):
     seams: ClassVar[frozenset[str]] = frozenset({"block"})
     citation: ClassVar[str] = """@inproceedings{bu2026dicache,
   title={DiCache: Let Diffusion Model Determine Its Own Cache},
-  author={Bu, Jiazi and Ling, Pengyang and Zhou, Yujie and Wang, Yibin and Zang, Yuhang and Lin, Dahua and
-    Wang, Jiaqi},
+  author={Bu, Jiazi and Ling, Pengyang and Zhou, Yujie and Wang, Yibin and Zang, Yuhang and Wu, Tong and
+    Lin, Dahua and Wang, Jiaqi},
   booktitle={International Conference on Learning Representations},
   year={2026}
 }"""

@@ -1,17 +1,17 @@
 """EasyCache: reuse what the transformer adds to the latents, while the latents move little.
 
-Zhou et al., "Less is Enough: Training-Free Video Diffusion Acceleration via Runtime-Adaptive Caching",
-arXiv 2507.02860.
+Zhou et al., "Less is Enough: Training-Free Video Diffusion Acceleration via Runtime-Adaptive Caching", arXiv
+2507.02860.
 
 Kept: output minus latents, of each branch. When: with k the ratio of the output's mean change to the latents' between
-the two newest computed steps, every step adds k * mean|x_i - x_{i-1}| / mean|y| to an error, y being the newest computed
-output; a step is skipped while the error stays below `threshold`, and a computed step sets it to 0. The first `warmup`
-steps and the last are computed. Under guidance the step's first branch decides for the others. How: latents plus what
-was kept.
+the two newest computed steps, every step adds k * mean|x_i - x_{i-1}| / mean|y| to an error, y being the newest
+computed output; a step is skipped while the error stays below `threshold`, and a computed step sets it to 0. The
+first `warmup` steps and the last are computed. Under guidance the step's first branch decides for the others. How:
+latents plus what was kept.
 
 Differences: the error is taken per sample and the largest counts; the authors average over the batch. Where the
-transformer returns more channels than it takes (a learned variance), those are reused as they are; where it takes more,
-only those that it returns are compared.
+transformer returns more channels than it takes (a learned variance), those are reused as they are; where it takes
+more, only those that it returns are compared.
 """
 
 from __future__ import annotations

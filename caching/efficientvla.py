@@ -1,7 +1,7 @@
 """EfficientVLA's rule for diffusion action heads: attention and MLP outputs kept for a fixed number of steps.
 
-Yang et al., "EfficientVLA: Training-Free Acceleration and Compression for Vision-Language-Action Models", NeurIPS 2025,
-arXiv 2506.10100.
+Yang et al., "EfficientVLA: Training-Free Acceleration and Compression for Vision-Language-Action Models", NeurIPS
+2025, arXiv 2506.10100.
 
 Kept: outputs of every attention and MLP before the adaLN gate. When: the steps whose number is a multiple of
 `interval`, 5 as published (two of the ten DDIM steps of CogACT). How: reuse.

@@ -249,10 +249,7 @@ class CacheHandler:
         if self._residual:
             base = (matching(inputs[0], history.newest[0]),) if site.kind == "model" else inputs
         weights = None if self._verdict is None else self._verdict.weights
-        if weights is not None:
-            forecast = history.combine(weights, base)
-        else:
-            forecast = how.forecast(history, base, site, call)
+        forecast = how.forecast(history, base, site, call) if weights is None else history.combine(weights, base)
         plain = (len(history.steps) if weights is None else len(weights)) == 1 or (how.order == 0 and weights is None)
         call.action = "reused" if plain else "forecast"
         if how.keeps_forecasts:

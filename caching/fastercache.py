@@ -1,10 +1,10 @@
 """FasterCache: reuse attention outputs with the drift between the two newest ones added.
 
-Lv et al., "FasterCache: Training-Free Video Diffusion Model Acceleration with High Quality", ICLR 2025,
-arXiv 2410.19355.
+Lv et al., "FasterCache: Training-Free Video Diffusion Model Acceleration with High Quality", ICLR 2025, arXiv
+2410.19355.
 
-Kept: the outputs of self-attention (and joint attention) modules at the two newest computed steps. When: below timestep
-`high`, all but every `interval`-th step. How: F_1 + w (F_1 - F_2), newest F_1. Published w: 0.5 (Latte), 0.3
+Kept: the outputs of self-attention (and joint attention) modules at the two newest computed steps. When: below
+timestep `high`, all but every `interval`-th step. How: F_1 + w (F_1 - F_2), newest F_1. Published w: 0.5 (Latte), 0.3
 (CogVideoX and Open-Sora-Plan, two of three skipped), rising to 0.9 (Open-Sora). Only computed outputs are kept, as in
 the authors' code; diffusers' port keeps extrapolated ones too, so that they compound.
 

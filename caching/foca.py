@@ -1,17 +1,17 @@
 """FoCa: forecast features by a BDF2 step, then calibrate the forecast by a Heun step.
 
-Zheng et al., "Forecast then Calibrate: Feature Caching as ODE for Efficient Diffusion Transformers", AAAI 2026,
-arXiv 2508.16211.
+Zheng et al., "Forecast then Calibrate: Feature Caching as ODE for Efficient Diffusion Transformers", AAAI 2026, arXiv
+2508.16211.
 
 Kept: outputs of every attention and MLP before the adaLN gate; per site the two newest values, computed or forecast,
 and the two newest computed ones. When: the first `warmup` steps, then every `interval`-th. How, with F_k the newest
-value, F_{k-1} the one before, and F' the slope between the two newest computed values over their gap: predict
-P = 4/3 F_k - 1/3 F_{k-1} + 2/3 F'_k, correct F = F_k + (F' + (P - F_k)) / 2, and let F enter the window. F'_k is F' at a
+value, F_{k-1} the one before, and F' the slope between the two newest computed values over their gap: predict P = 4/3
+F_k - 1/3 F_{k-1} + 2/3 F'_k, correct F = F_k + (F' + (P - F_k)) / 2, and let F enter the window. F'_k is F' at a
 computed value and F_k - F_{k-1} at a forecast one.
 
 Confidence: medium. The authors' code was not available; this follows the paper's equations. cache-dit's calibrator of
-that name differs: it does not divide the slope of computed values by their gap, so that it is as many times too
-steep as the gap is long, and it fades into reuse.
+that name differs: it does not divide the slope of computed values by their gap, so that it is as many times too steep
+as the gap is long, and it fades into reuse.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """Foresight: each layer's own change during warm-up tells how deep its cache may be trusted.
 
-Adnan et al., "Foresight: Adaptive Layer Reuse for Accelerated and High-Quality Text-to-Video Generation",
-arXiv 2506.00329.
+Adnan et al., "Foresight: Adaptive Layer Reuse for Accelerated and High-Quality Text-to-Video Generation", arXiv
+2506.00329.
 
 Kept: the output of every block. When: the first `warmup` steps are computed, and the mean squared change of each
-block's output between the last two of them, times `gamma`, becomes its threshold. After that every `refresh`-th step is
-computed and measures the changes anew; on the others the deepest block whose last change stays within its threshold
-stands in from the cache, and the blocks behind it run. How: reuse.
+block's output between the last two of them, times `gamma`, becomes its threshold. After that every `refresh`-th step
+is computed and measures the changes anew; on the others the deepest block whose last change stays within its
+threshold stands in from the cache, and the blocks behind it run. How: reuse.
 
 Confidence: medium, the released code having been read in part. Differences: the change is taken per sample and every
-sample must stay within its own threshold; the authors compare temporal blocks with the spatial blocks' cache, which is
-an error that is not repeated here.
+sample must stay within its own threshold; the authors compare temporal blocks with the spatial blocks' cache, which
+is an error that is not repeated here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """FreqCa: reuse the low frequencies of the trunk's residual, forecast the high ones.
 
-Liu et al., "FreqCa: Accelerating Diffusion Models via Frequency-Aware Caching", arXiv 2510.08669.
+Liu et al., "FreqCa: Accelerating Image Generation and Editing via Frequency-Aware Caching", NeurIPS 2026, arXiv
+2510.08669.
 
 Kept: one tensor, the residual of the image stream over all blocks. When: the first `warmup` steps, then every
 `interval`-th. How: split over the token grid by an orthonormal cosine transform of rows and columns; the lowest
@@ -9,9 +10,9 @@ Kept: one tensor, the residual of the image stream over all blocks. When: the fi
 
 Differences: the bands being linear, the forecast is taken over the whole residual and its low band put back, which
 needs one transform per skipped step and no memory for bands. The authors' transform assumes a square grid; here rows
-and columns may differ, video is transformed frame by frame, and where a model does not tell its grid the transform runs
-along the tokens (as theirs does, by Fourier, for Qwen-Image). They keep signed distances of both signs, which cancel.
-Confidence: medium; the shape of the authors' low band (a box, or a disc) is not known to us.
+and columns may differ, video is transformed frame by frame, and where a model does not tell its grid the transform
+runs along the tokens (as theirs does, by Fourier, for Qwen-Image). They keep signed distances of both signs, which
+cancel. Confidence: medium; the shape of the authors' low band (a box, or a disc) is not known to us.
 """
 
 from __future__ import annotations
@@ -124,11 +125,12 @@ class FreqCa(CachingMethod):
     confidence: ClassVar[str] = "medium"
     axes: ClassVar[str] = "image residual of the trunk; fixed interval; low band reused, high band by Hermite forecast"
     seams: ClassVar[frozenset[str]] = frozenset({"block"})
-    citation: ClassVar[str] = """@article{liu2025freqca,
-  title={FreqCa: Accelerating Diffusion Models via Frequency-Aware Caching},
-  author={Liu, Jiacheng and others},
-  journal={arXiv preprint arXiv:2510.08669},
-  year={2025}
+    citation: ClassVar[str] = """@inproceedings{liu2026freqca,
+  title={FreqCa: Accelerating Image Generation and Editing via Frequency-Aware Caching},
+  author={Liu, Jiacheng and Cai, Peiliang and Zhou, Qinming and Lin, Yuqi and Kong, Deyang and Huang, Benhao and
+    Pan, Yupei and Xu, Haowen and Zou, Chang and Tang, Junshu and Zheng, Shikang and Zhang, Linfeng},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2026}
 }"""
 
     def validate(self) -> None:

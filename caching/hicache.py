@@ -4,8 +4,8 @@ Feng et al., "HiCache: Training-free Acceleration of Diffusion Models via Hermit
 arXiv 2508.16984.
 
 Kept, when: as TaylorSeer. How: sum_j D_j s^j H_j(s k) / j! over the backward differences D_j, with the physicists'
-Hermite polynomials H_j. A scale s of 1 / sqrt(2) leaves order 1 as Taylor's and makes order 2 use k^2 - 1; a smaller one
-damps every order, order 1 by 2 s^2.
+Hermite polynomials H_j. A scale s of 1 / sqrt(2) leaves order 1 as Taylor's and makes order 2 use k^2 - 1; a smaller
+one damps every order, order 1 by 2 s^2.
 
 Confidence: medium. The authors' code was not read; 0.5 is the scale of a re-implementation and 0.71 that of FreqCa's
 released code, which contains the same forecast.

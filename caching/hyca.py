@@ -3,16 +3,17 @@
 Zheng et al., "Let Features Decide Their Own Solvers: Hybrid Feature Caching for Diffusion Transformers", ICLR 2026,
 arXiv 2510.04188.
 
-Kept: outputs of every attention and MLP before the adaLN gate. When: the first `warmup` steps, then every `interval`-th.
-How: the channels of each module are clustered by how they move (size of first and second differences, their ratio, the
-third's, energy, spectral flatness); each cluster takes the solver of the pool with the least squared error. All solvers
-being weighted sums of anchors, the forecast is one weighted sum with a vector of weights per anchor.
+Kept: outputs of every attention and MLP before the adaLN gate. When: the first `warmup` steps, then every
+`interval`-th. How: the channels of each module are clustered by how they move (size of first and second differences,
+their ratio, the third's, energy, spectral flatness); each cluster takes the solver of the pool with the least squared
+error. All solvers being weighted sums of anchors, the forecast is one weighted sum with a vector of weights per
+anchor.
 
 Confidence: medium. The appendix with the solvers' exact forms was not available: the pool is reuse, Taylor of order 1
 and 2 (TaylorSeer's ladder), Adams-Bashforth 2, BDF2, its trapezoidal correction (Adams-Moulton) and the midpoint rule
-(Runge-Kutta), each on slopes between computed steps. Differences: the solver is chosen by its error over the whole skip
-distance, averaged over its steps, where the paper takes one step ahead; the calibration looks at the whole run where the
-paper takes the first few steps.
+(Runge-Kutta), each on slopes between computed steps. Differences: the solver is chosen by its error over the whole
+skip distance, averaged over its steps, where the paper takes one step ahead; the calibration looks at the whole run
+where the paper takes the first few steps.
 """
 
 from __future__ import annotations
@@ -240,8 +241,8 @@ class HyCa(CalibratedMethod):
     bound: ClassVar[bool] = False
     citation: ClassVar[str] = """@inproceedings{zheng2026hyca,
   title={Let Features Decide Their Own Solvers: Hybrid Feature Caching for Diffusion Transformers},
-  author={Zheng, Shikang and Feng, Liang and Wang, Xinyu and Zhou, Qinming and Cai, Peiliang and Zou, Chang and
-    Liu, Jiacheng and Lin, Yuqi and Chen, Junjie and Ma, Yue and Zhang, Linfeng},
+  author={Zheng, Shikang and Chen, Guantao and Zhou, Qinming and Lin, Yuqi and He, Lixuan and Zou, Chang and
+    Cai, Peiliang and Liu, Jiacheng and Zhang, Linfeng},
   booktitle={International Conference on Learning Representations},
   year={2026}
 }"""
@@ -274,7 +275,8 @@ class HyCa(CalibratedMethod):
         sink = measure(pipe, call, build)
         values = {}
         for name, streams in sink.seen.items():
-            features = torch.cat([torch.stack(kept) for kept in streams.values()], dim=1)
+            length = min(map(len, streams.values()))  # Heun's second stage has one step less
+            features = torch.cat([torch.stack(kept[:length]) for kept in streams.values()], dim=1)
             if len(features) < 4:
                 raise DitaError(f"hyca needs a calibration run of at least 4 steps, got {len(features)}")
             groups = cluster(describe_channels(features), min(self.clusters, features.shape[-1]))

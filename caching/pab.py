@@ -6,10 +6,10 @@ Kept: the outputs of attention modules. When: inside a range of timesteps, self-
 computed at every `self_interval`-th step and cross-attention at every `cross_interval`-th; outside it always. How:
 reuse. MLPs always run.
 
-Published, in steps for spatial, temporal and cross-attention and range: Open-Sora 2, 4, 6 in (450, 930); Latte 2, 3, 6
-in (100, 800); Open-Sora-Plan 2, 4, 6 in (100, 850); CogVideoX 2 in (100, 850), whose self-attention is over space and
-time at once, as in all models here. Not built: temporal attention as a kind of its own, and the broadcast of chosen
-MLPs at listed timesteps, which the authors use for Open-Sora alone.
+Published, in steps for spatial, temporal and cross-attention and range: Open-Sora 2, 4, 6 in (450, 930); Latte 2, 3,
+6 in (100, 800); Open-Sora-Plan 2, 4, 6 in (100, 850); CogVideoX 2 in (100, 850), whose self-attention is over space
+and time at once, as in all models here. Not built: temporal attention as a kind of its own, and the broadcast of
+chosen MLPs at listed timesteps, which the authors use for Open-Sora alone.
 """
 
 from __future__ import annotations

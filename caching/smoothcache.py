@@ -1,12 +1,12 @@
 """SmoothCache: one calibration run decides, per kind of module, which steps are computed.
 
-Liu et al., "SmoothCache: A Universal Inference Acceleration Technique for Diffusion Transformers", CVPR workshops 2025,
-arXiv 2411.10510.
+Liu et al., "SmoothCache: A Universal Inference Acceleration Technique for Diffusion Transformers", CVPR workshops
+2025, arXiv 2411.10510.
 
-Kept: the outputs of attention and MLP modules, before the adaLN gate. When: with e_j[i] the relative L1 change of a kind
-of module between steps i and i + j, averaged over depth, the schedule is laid greedily: a computed step i is followed by
-the largest j up to `most` skipped ones with e_j[i] <= `alpha`. The first and the last step are computed. Kinds are
-scheduled independently, so that a step may reuse attention and compute the MLP. How: reuse.
+Kept: the outputs of attention and MLP modules, before the adaLN gate. When: with e_j[i] the relative L1 change of a
+kind of module between steps i and i + j, averaged over depth, the schedule is laid greedily: a computed step i is
+followed by the largest j up to `most` skipped ones with e_j[i] <= `alpha`. The first and the last step are computed.
+Kinds are scheduled independently, so that a step may reuse attention and compute the MLP. How: reuse.
 
 The calibration keeps the changes, not the schedule, so that one serves every alpha. Difference: the authors' counters
 advance with calls and are not reset after a run, which sequential guidance and a second run break; here a schedule is

@@ -3,17 +3,18 @@
 Liu et al., "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model", CVPR 2025, arXiv 2411.19108.
 
 Kept: the residual of the image stream over all blocks. When: the relative L1 change, since the step before, of the
-input of the first block's attention (normalised, and modulated by the timestep embedding) goes through a polynomial of
-degree 4 that maps it to the change of the model's output; the results are added up, and a step is skipped while the sum
-stays below `threshold`. A computed step sets the sum to 0. The first and the last step are computed. How: reuse.
+input of the first block's attention (normalised, and modulated by the timestep embedding) goes through a polynomial
+of degree 4 that maps it to the change of the model's output; the results are added up, and a step is skipped while
+the sum stays below `threshold`. A computed step sets the sum to 0. The first and the last step are computed. How:
+reuse.
 
-The authors' polynomials for FLUX, HunyuanVideo, LTX-Video and Mochi are built in. Those for Wan and CogVideoX take the
-time embedding itself, which does not depend on the prompt, and are not used; for these and all other models
+The authors' polynomials for FLUX, HunyuanVideo, LTX-Video and Mochi are built in. Those for Wan and CogVideoX take
+the time embedding itself, which does not depend on the prompt, and are not used; for these and all other models
 `dita.calibrate` fits a polynomial to one run of the user's. Users could not reproduce the authors' fit for FLUX.
 
-Differences: the change is taken per sample and the largest counts. A fitted polynomial is held at its ends outside the
-range of changes it was fitted to, and at 0 from below, since such fits blow up and turn negative there; the published
-ones are used as they are.
+Differences: the change is taken per sample and the largest counts. A fitted polynomial is held at its ends outside
+the range of changes it was fitted to, and at 0 from below, since such fits blow up and turn negative there; the
+published ones are used as they are.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Anatomy:
         family: short name of the declared family, "" for a discovered model.
         blocks: all blocks in execution order; empty if none were found.
         segments: maximal spans over which the streams stay the same (one for most models).
-        modules: attention and MLP modules inside the blocks; where both run side by side, the projection that joins them.
+        modules: attention and MLP modules inside the blocks; where both run side by side, the projection joining them.
         inner: the attention modules that feed such projections.
         reasons: seam -> why it is missing.
         text_used_after: the text stream leaving the last block matters.

@@ -116,11 +116,12 @@ class RunClock:
 
     def _timestep(self, entry: int) -> float:
         """An entry of the timestep list on the scale of 0..1000; read once a run, because reading waits for a GPU."""
-        if self._timesteps is None:
+        timesteps = self._timesteps
+        if timesteps is None:
             values = torch.as_tensor(self._scheduler.timesteps).flatten().float()
             trained = getattr(getattr(self._scheduler, "config", None), "num_train_timesteps", None) or 1000
-            self._timesteps = (values * (1000 / trained)).tolist()
-        return self._timesteps[min(entry, len(self._timesteps) - 1)]
+            timesteps = self._timesteps = (values * (1000 / trained)).tolist()
+        return timesteps[min(entry, len(timesteps) - 1)]
 
     def _start(self) -> None:
         timesteps = getattr(self._scheduler, "timesteps", None)

@@ -111,7 +111,9 @@ def test_supports_names_reasons() -> None:
     assert "ask for fewer" in found.methods["dbcache"][1] and not found
     assert dita.supports(pipe, "taylorseer") and dita.supports(pipe, DBCache(fn=2))
     unknown = dita.supports(nn.Sequential(nn.Linear(2, 2)))
-    assert not any(ok for ok, _ in unknown.methods.values()) and "loops over no list of blocks" in str(unknown)
+    at_the_model = {name for name in METHODS if registry.get(name).seams == {"model"}}
+    assert {name for name, (ok, _) in unknown.methods.items() if ok} == at_the_model
+    assert "loops over no list of blocks" in str(unknown)
 
 
 def test_unknown_models_are_refused_with_the_reason() -> None:

@@ -58,7 +58,7 @@ def test_cg_taylor(probe_order: int, order: int) -> None:
 def lowest(plane: np.ndarray, cutoff: float) -> np.ndarray:
     """The low band of [rows, columns, channels] by SciPy's cosine transform."""
     rows, columns, _ = plane.shape
-    spectrum = scipy.fft.dctn(plane, axes=(0, 1), norm="ortho")
+    spectrum = np.asarray(scipy.fft.dctn(plane, axes=(0, 1), norm="ortho"))
     kept = np.zeros_like(spectrum)
     u, v = max(1, int(cutoff * rows)), max(1, int(cutoff * columns))
     kept[:u, :v] = spectrum[:u, :v]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from pipelines import TINY
 
 import dita
 from dita.caching import (
+    BAC,
     PAB,
     ABCache,
     EasyCache,
@@ -320,3 +322,61 @@ def test_the_plain_modules_are_the_model() -> None:
     expected = by_hand(run_all)
     torch.testing.assert_close(by_hand(Modules(computed, lambda step, kind: True)), expected)
     assert computed == list(range(STEPS))
+
+
+def test_bac() -> None:
+    """Schedules by exhaustive search over all choices of updates, then the union over MLPs behind."""
+    budget, upstream = 4, 2
+    features: dict[Key, list[torch.Tensor]] = {}
+
+    def measuring(h: torch.Tensor, blocks: list[HandBlock]) -> torch.Tensor:
+        def module(key: Key, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+            features.setdefault(key, []).append(run())
+            return features[key][-1]
+
+        for block in blocks:
+            h = block(h, module)
+        return h
+
+    by_hand(measuring)
+
+    def best(seen: list[torch.Tensor]) -> set[int]:
+        flat = torch.stack(seen).flatten(1)
+        alike = torch.nn.functional.cosine_similarity(flat[:, None], flat[None], dim=-1)
+        choices = [(0, *rest) for rest in itertools.combinations(range(1, STEPS), budget - 1)]
+        value = lambda chosen: sum(  # noqa: E731
+            alike[max(c for c in chosen if c <= step), step].item() for step in range(STEPS) if step not in chosen
+        )
+        return set(max(choices, key=value))
+
+    chosen = {key: best(seen) for key, seen in features.items()}
+    change = {
+        key: torch.cdist(flat, flat, p=1).mean().item()
+        for key, flat in ((key, torch.stack(seen).flatten(1)) for key, seen in features.items())
+        if key[1] == "mlp"
+    }
+    final = {key: set(steps) for key, steps in chosen.items()}
+    for key in sorted(change, key=lambda k: -change[k])[:upstream]:
+        for other in change:
+            if other[0] > key[0]:
+                final[key] |= chosen[other]
+    assert final != chosen, "guard: the union adds something"
+
+    class PerSite(Modules):
+        def __call__(self, h: torch.Tensor, blocks: list[HandBlock]) -> torch.Tensor:
+            self.step += 1
+            if all(self.step in steps for steps in final.values()):
+                self.computed.append(self.step)
+            for block in blocks:
+                h = block(h, self.module)
+            return h
+
+        def module(self, key: Key, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+            if self.step in final[key]:
+                self.past[key] = run()
+            return self.past[key]
+
+    expected = by_hand(PerSite([], lambda step, kind: True))
+    output, report = by_dita(BAC(updates=round(100 * budget / STEPS), upstream=upstream))
+    assert report.reused > 0 and any(record.action == "partial" for record in report.records)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
