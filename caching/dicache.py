@@ -58,7 +58,7 @@ class OnlineProbe(Policy):
         """Add the probe's change since the step before."""
         if self.threshold <= 0 or self._now is None or self._last is None:
             return Verdict(True, "threshold 0" if self.threshold <= 0 else "first step")
-        if view.position.local_step < self.retention * view.position.steps:
+        if view.position.local_step < int(self.retention * view.position.steps):
             return Verdict(True, "retention")
         change = relative_l1(self._now[1], self._last[1])
         if self.minus_input:

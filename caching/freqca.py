@@ -4,15 +4,15 @@ Liu et al., "FreqCa: Accelerating Image Generation and Editing via Frequency-Awa
 2510.08669.
 
 Kept: one tensor, the residual of the image stream over all blocks. When: the first `warmup` steps, then every
-`interval`-th. How: split over the token grid by an orthonormal cosine transform of rows and columns; the lowest
-`cutoff` of the frequencies on each axis are the low band, which is reused, and the rest is forecast by a Hermite sum
-(see HiCache) of order `order`. The arithmetic is in float32.
+`interval`-th. How: split over the token grid by an orthonormal cosine transform of rows and columns; frequencies no
+further from the origin than `cutoff` of the furthest are the low band, which is reused, and the rest is forecast by a
+Hermite sum (see HiCache) of order `order`. With the transform "fft" the split is by a Fourier transform along the
+tokens, which the authors use for Qwen-Image. The arithmetic is in float32.
 
 Differences: the bands being linear, the forecast is taken over the whole residual and its low band put back, which
-needs one transform per skipped step and no memory for bands. The authors' transform assumes a square grid; here rows
-and columns may differ, video is transformed frame by frame, and where a model does not tell its grid the transform
-runs along the tokens (as theirs does, by Fourier, for Qwen-Image). They keep signed distances of both signs, which
-cancel. Confidence: medium; the shape of the authors' low band (a box, or a disc) is not known to us.
+needs one transform per skipped step and no memory for bands. The authors' cosine transform assumes a square grid; here
+rows and columns may differ, video is transformed frame by frame, and where a model does not tell its grid the Fourier
+transform stands in. Their experimental look-ahead schedule is not built.
 """
 
 from __future__ import annotations
@@ -30,35 +30,34 @@ from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast
 from dita.caching.history import History
 from dita.caching.policy import FixedInterval
+from dita.errors import DitaError
 from dita.registry import register
 from dita.seams import Call, Features, Site
 
 
 @lru_cache(maxsize=64)
-def low_pass(length: int, cutoff: float) -> torch.Tensor:
-    """The projection onto the lowest `cutoff` of the cosine frequencies of a row, at least the constant one.
+def cosine_transform(length: int) -> torch.Tensor:
+    """The orthonormal cosine transform (DCT-II) of a row.
 
     Returns:
-        float32 [length, length], symmetric.
+        float32 [length, length]: frequency, place.
 
     Example:
-        >>> low_pass(4, 0.1)[0]
-        tensor([0.2500, 0.2500, 0.2500, 0.2500])
+        >>> cosine_transform(4)[0]
+        tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
-    kept = max(1, math.floor(cutoff * length))
     place = torch.arange(length, dtype=torch.float64) + 0.5
-    waves = torch.cos(math.pi / length * torch.arange(kept, dtype=torch.float64)[:, None] * place)
-    waves = waves / waves.norm(dim=1, keepdim=True)
-    return (waves.T @ waves).float()
+    waves = torch.cos(math.pi / length * torch.arange(length, dtype=torch.float64)[:, None] * place)
+    return (waves / waves.norm(dim=1, keepdim=True)).float()
 
 
 def low_band(tokens: torch.Tensor, grid: tuple[int, ...], cutoff: float) -> torch.Tensor:
-    """The low frequencies of tokens over their grid, frame by frame.
+    """The low frequencies of tokens: over the grid by cosines, frame by frame, or along the tokens by Fourier.
 
     Args:
         tokens: [B, N, C], any float dtype.
-        grid: frames, rows, columns with N tokens in all, else the transform runs along N.
-        cutoff: fraction of the frequencies on each axis.
+        grid: frames, rows, columns with N tokens in all; anything else takes the Fourier transform along N.
+        cutoff: of the greatest frequency (its distance to the origin on a grid), included.
 
     Returns:
         float32 [B, N, C].
@@ -68,10 +67,17 @@ def low_band(tokens: torch.Tensor, grid: tuple[int, ...], cutoff: float) -> torc
         tensor([1.5000, 1.5000, 1.5000, 1.5000])
     """
     batch, count, channels = tokens.shape
-    frames, rows, columns = grid if len(grid) == 3 and math.prod(grid) == count else (1, count, 1)
-    planes = tokens.float().reshape(batch, frames, rows, columns, channels)
-    across, down = (low_pass(n, cutoff).to(tokens.device) for n in (columns, rows))
-    return torch.einsum("rs,bfsdc,de->bfrec", down, planes, across).reshape(batch, count, channels)
+    if len(grid) != 3 or math.prod(grid) != count:
+        frequencies = torch.fft.fftfreq(count, device=tokens.device).abs()
+        kept = (frequencies <= cutoff * frequencies.max()).view(1, -1, 1)
+        return torch.fft.ifft(torch.fft.fft(tokens.float(), dim=1) * kept, dim=1).real
+    frames, rows, columns = grid
+    down, across = (cosine_transform(n).to(tokens.device) for n in (rows, columns))
+    distance = torch.hypot(torch.arange(rows)[:, None].float(), torch.arange(columns)[None].float())
+    kept = (distance <= cutoff * distance.max()).to(tokens.device)
+    planes = tokens.float().reshape(batch * frames, rows, columns, channels)
+    spectrum = torch.einsum("ur,vc,brcd->buvd", down, across, planes) * kept[None, :, :, None]
+    return torch.einsum("ur,vc,buvd->brcd", down, across, spectrum).reshape(batch, count, channels)
 
 
 @dataclass(frozen=True)
@@ -79,16 +85,18 @@ class BandForecast(Forecast):
     """A forecast whose low band is the newest anchor's."""
 
     cutoff: float = 0.1
+    transform: str = "dct"
 
     def forecast(self, history: History, base: Features, site: Site, call: Call) -> Features:
         """See `Forecast.forecast`."""
         ahead = history.combine(self.weights(call.position.step, history.steps))
+        grid = call.grid if self.transform == "dct" else ()
         results = []
         for new, now, start in zip(ahead, history.newest, base or (None,) * len(ahead), strict=True):
             if new is None or now is None:
                 results.append(start)
                 continue
-            band = new.float() + low_band(now.float() - new.float(), call.grid, self.cutoff)
+            band = new.float() + low_band(now.float() - new.float(), grid, self.cutoff)
             results.append((band if start is None else band + start.float()).to(now.dtype))
         return tuple(results)
 
@@ -101,9 +109,10 @@ class FreqCa(CachingMethod):
     Attributes:
         interval: one computed step, then interval - 1 forecast ones; 1 computes all. Published: 6 and 9.
         order: of the high band's forecast, 0 to 5.
-        cutoff: fraction of the frequencies that make the low band, from 0 to 1.
+        cutoff: of the greatest frequency, up to which is the low band, from 0 to 1.
         scale: of the Hermite polynomials.
         warmup: first steps that are all computed.
+        transform: "dct" over the token grid, or "fft" along the tokens.
 
     Raises:
         DitaError: a setting out of range.
@@ -118,11 +127,11 @@ class FreqCa(CachingMethod):
     cutoff: float = 0.1
     scale: float = 0.71
     warmup: int = 3
+    transform: str = "dct"
 
     name: ClassVar[str] = "freqca"
     title: ClassVar[str] = "FreqCa"
     arxiv: ClassVar[str] = "2510.08669"
-    confidence: ClassVar[str] = "medium"
     axes: ClassVar[str] = "image residual of the trunk; fixed interval; low band reused, high band by Hermite forecast"
     seams: ClassVar[frozenset[str]] = frozenset({"block"})
     citation: ClassVar[str] = """@inproceedings{liu2026freqca,
@@ -139,6 +148,8 @@ class FreqCa(CachingMethod):
         check_whole("warmup", self.warmup, 1)
         check_number("cutoff", self.cutoff, 0, 1)
         check_number("scale", self.scale, 1e-3, 1)
+        if self.transform not in ("dct", "fft"):
+            raise DitaError(f"transform is {self.transform!r}; expected 'dct' or 'fft'")
         Forecast(self.order, "hermite", self.scale)
 
     def recipe(self, anatomy: Anatomy) -> Recipe:
@@ -146,7 +157,7 @@ class FreqCa(CachingMethod):
         return Recipe(
             what="trunk",
             when=lambda: FixedInterval(self.interval, self.warmup),
-            how=BandForecast(self.order, "hermite", self.scale, cutoff=self.cutoff),
+            how=BandForecast(self.order, "hermite", self.scale, cutoff=self.cutoff, transform=self.transform),
             text=False,
             oldest_anchor=self.warmup - 2,
         )

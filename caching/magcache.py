@@ -55,7 +55,7 @@ class MagnitudeGate(Magnitudes):
         position = view.position
         if self.threshold <= 0:
             return Verdict(True, "threshold 0")
-        if position.local_step < self.retention * position.steps:
+        if position.local_step < int(self.retention * position.steps):
             return Verdict(True, "retention")
         if nearest_index(len(self.table.of(position)), position) in self.always:
             return Verdict(True, "always computed")

@@ -108,7 +108,7 @@ def test_magcache() -> None:
     def trunk(h: torch.Tensor, blocks: Any, computed: list[int]) -> torch.Tensor:
         state["step"] += 1
         step = state["step"]
-        if step >= retention * STEPS:
+        if step >= int(retention * STEPS):
             state["ratio"] *= ratios[step]
             state["error"] += abs(1 - state["ratio"])
             state["skips"] += 1
