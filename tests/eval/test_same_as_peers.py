@@ -1,9 +1,10 @@
 """Our version of a method against another library's, at the same settings on the same tiny pipeline.
 
-One sample a batch, because theirs average their indicators over the batch and ours do not. Where no test stands here,
-the two differ on purpose: diffusers' TaylorSeer begins its intervals one step early ({0, 1, 2, 4, 9, ...} for interval 5
-and warm-up 3, where the paper has {0, 1, 2, 7, 12, ...}) and its FasterCache keeps extrapolated outputs as anchors, which
-the authors' code does not; cache-dit's FoCa does not divide slopes by the gap between computed steps, as the paper does.
+One sample a batch, because theirs average their indicators over the batch and ours do not. Where no test stands
+here, the two differ on purpose: diffusers' TaylorSeer begins its intervals one step early ({0, 1, 2, 4, 9, ...} for
+interval 5 and warm-up 3, where the paper has {0, 1, 2, 7, 12, ...}) and its FasterCache keeps extrapolated outputs
+as anchors, which the authors' code does not; cache-dit's FoCa does not divide slopes by the gap between computed
+steps, as the paper does.
 """
 
 from __future__ import annotations
