@@ -26,6 +26,7 @@ from dita.caching.magcache import MagCache
 from dita.caching.magnitude import MagnitudeTable
 from dita.caching.pab import PAB
 from dita.caching.smoothcache import SmoothCache
+from dita.caching.speca import SpeCa
 from dita.caching.table import Table
 from dita.caching.taylorseer import TaylorSeer
 from dita.caching.teacache import Rescaling, TeaCache
@@ -54,6 +55,7 @@ __all__ = [
     "MagnitudeTable",
     "Rescaling",
     "SmoothCache",
+    "SpeCa",
     "Table",
     "TaylorSeer",
     "TeaCache",

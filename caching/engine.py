@@ -33,6 +33,7 @@ class Recipe:
         from_probe: the residual is that of the trunk, from the input of the probe blocks on, not from their output.
         sites: spans or modules to reuse, in place of those that `what` stands for.
         watch: sites that the policy sees besides.
+        verify: the span of one block that is run for real too, on steps that the policy wants verified.
     """
 
     what: str
@@ -48,6 +49,7 @@ class Recipe:
     from_probe: bool = False
     sites: tuple[Site, ...] = ()
     watch: tuple[Site, ...] = ()
+    verify: Site | None = None
 
 
 @dataclass
@@ -117,7 +119,8 @@ class CacheHandler:
         self.recipe, self.anatomy = recipe, anatomy
         self.reused, self.watched, self.probe = plan_sites(recipe, anatomy, method)
         probe = () if self.probe is None else (self.probe,)
-        self.sites: tuple[Site, ...] = tuple(dict.fromkeys((*probe, *self.reused, *self.watched)))
+        verified = () if recipe.verify is None else (recipe.verify,)
+        self.sites: tuple[Site, ...] = tuple(dict.fromkeys((*probe, *self.reused, *self.watched, *verified)))
         self._reused, self._watched = frozenset(self.reused), frozenset(self.watched)
         self._residual = recipe.keep == "residual" and recipe.what in ("trunk", "span", "model")
         self._measures_residual = recipe.when().wants_residual and recipe.what in ("trunk", "span")
@@ -138,6 +141,7 @@ class CacheHandler:
         self._changes: list[torch.Tensor] = []
         self._stood_in: set[int | Site] = set()
         self._origin: Features = ()
+        self._exact: Features = ()
 
     def begin_call(self, call: Call) -> None:
         """Clear what belonged to the last call."""
@@ -202,6 +206,8 @@ class CacheHandler:
             self._origin = inputs
         if site in self._watched and stream.policy.watch_blocks:
             self._watch(stream, site, outputs[0])
+        if site == self.recipe.verify and self._exact:
+            stream.policy.verified(outputs, self._exact, view)
         if site == self.probe or site in self._watched or site in self._reused:
             stream.policy.saw(site, inputs, outputs, view)
         if site not in self._reused:
@@ -257,6 +263,14 @@ class CacheHandler:
         if self._keeps_ends(site):
             return (forecast[0], inputs[1])
         return forecast
+
+    def rehearses(self, site: Site, call: Call) -> bool:
+        """Blocks are run for real on the steps that the policy wants verified."""
+        return site == self.recipe.verify and self._verdict is not None and self._verdict.verify
+
+    def rehearsed(self, site: Site, call: Call, outputs: Features) -> None:
+        """Keep what the block really puts out until its draft is there."""
+        self._exact = outputs
 
     def end_call(self, call: Call) -> None:
         """Tell the policy how the call went."""

@@ -52,6 +52,7 @@ class Verdict:
         value: of the indicator, if there was one.
         computes: where `compute` is False, says which of the sites run all the same; None for none of them.
         weights: of the forecast, one per anchor, in place of the recipe's.
+        verify: run the recipe's `verify` block for real too, and tell `Policy.verified`.
     """
 
     compute: bool
@@ -59,6 +60,7 @@ class Verdict:
     value: float | None = None
     computes: Callable[[Site], bool] | None = None
     weights: tuple[float, ...] | None = None
+    verify: bool = False
 
 
 class Policy:
@@ -92,6 +94,9 @@ class Policy:
             outputs: of the site; an "entry" site's is what the first attention is about to read.
             view: the call.
         """
+
+    def verified(self, draft: Features, exact: Features, view: View) -> None:
+        """A block's output with everything inside it forecast, and with everything computed, on the same input."""
 
     def computed(self, view: View) -> None:
         """The step was computed, on this policy's word or not."""

@@ -229,6 +229,9 @@ class ModelRuntime:
                     wanted = handler.wants_inputs(site)
                     self._open[site] = tuple(None if t is None else t.clone() for t in inputs) if wanted else ()
             if self._skipping is None:
+                for site, handler in starts:
+                    if handler.rehearses(site, call):
+                        handler.rehearsed(site, call, self._rehearse(handler, block, original, args, kwargs))
                 result = original(*args, **kwargs)
                 streams = block.unpack(result) if ends else ()
             else:
@@ -247,6 +250,18 @@ class ModelRuntime:
             return result
 
         return around
+
+    def _rehearse(
+        self, handler: Handler, block: Block, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Features:
+        """Run a block with nothing inside it skipped or remembered, on copies of what it reads."""
+        copied = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
+        named = {name: a.clone() if isinstance(a, torch.Tensor) else a for name, a in kwargs.items()}
+        call, self._call = self._call, None
+        try:
+            return block.unpack(original(*copied, **named))
+        finally:
+            self._call = call
 
     def _entry(self, block: Block, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """Run a block up to its first attention and return what that is about to read."""

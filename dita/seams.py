@@ -118,6 +118,13 @@ class Handler(Protocol):
         """The site did not run: return what stands in for its outputs."""
         ...
 
+    def rehearses(self, site: Site, call: Call) -> bool:
+        """Say whether the one block of this span, which runs, is to be run for real beforehand, for comparison."""
+        ...
+
+    def rehearsed(self, site: Site, call: Call, outputs: Features) -> None:
+        """It was: `outputs` are what it puts out when nothing inside it is skipped."""
+
     def end_call(self, call: Call) -> None:
         """The transformer returned."""
 

@@ -25,9 +25,13 @@ from dita.caching import (
     HiCache,
     HyCa,
     SmoothCache,
+    SpeCa,
     TaylorSeer,
 )
+from dita.caching.policy import Verdict, View
 from dita.caching.smoothcache import greedy_schedule
+from dita.caching.speca import Speculation
+from dita.seams import Position
 
 Key = tuple[int, str]
 
@@ -380,3 +384,76 @@ def test_bac() -> None:
     output, report = by_dita(BAC(updates=round(100 * budget / STEPS), upstream=upstream))
     assert report.reused > 0 and any(record.action == "partial" for record in report.records)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "steps", "fails", "counts"),
+    [
+        (2, 5, 50, False, (9, 41, 24)), (2, 5, 50, True, (13, 37, 12)), (3, 8, 50, False, (7, 43, 25)),
+        (3, 8, 50, True, (11, 39, 9)), (3, 8, 99, False, (12, 87, 53)), (3, 8, 99, True, (21, 78, 19)),
+        (3, 8, 100, False, (12, 88, 54)), (3, 8, 100, True, (21, 79, 19)),
+    ],
+)  # fmt: skip
+def test_speca_schedule(least: int, most: int, steps: int, fails: bool, counts: tuple[int, int, int]) -> None:
+    """Computed, drafted and verified steps of the released DiT scheduler, when all drafts pass and when all fail."""
+    policy = Speculation(0.5, 0.5, 0.01, least, most)
+    found = [0, 0, 0]
+    for step in range(steps):
+        view = View(Position(step, steps, 0, "all", step, steps, step))
+        verdict = policy.decide(view) if step else Verdict(True, "first step")
+        if verdict.compute:
+            found[0] += 1
+            policy.computed(view)
+            continue
+        found[1] += 1
+        found[2] += verdict.verify
+        if verdict.verify:
+            exact = torch.ones(1, 2, 3)
+            policy.verified((exact * (9.0 if fails else 1.0),), (exact,), view)
+        policy.skipped(view)
+    assert tuple(found) == counts
+
+
+def test_speca() -> None:
+    """Drafts on modules; the last block run twice on verified steps, its exact output used for the error only."""
+    threshold, decay, floor, least, most = 0.9, 0.4, 0.01, 1, 4
+    errors: list[float] = []
+
+    class Speculating(Modules):
+        def __init__(self, computed: list[int]) -> None:
+            super().__init__(computed, lambda step, kind: self.full, self.taylor)
+            self.drafts, self.error, self.full = 0, None, True
+
+        @staticmethod
+        def taylor(past: list[Any], step: int, key: Key) -> torch.Tensor:
+            k = step - past[0][0]
+            return sum(d * k**j / math.factorial(j) for j, d in enumerate(ladder(past, 2, 1)))  # pyright: ignore
+
+        def __call__(self, h: torch.Tensor, blocks: list[HandBlock]) -> torch.Tensor:
+            step, check = self.step + 1, False
+            if step == 0:
+                self.full = True
+            elif self.full:
+                self.full, self.drafts, self.error = False, 1, None
+            else:
+                allowed = max(floor, threshold * decay ** ((step + 1) / STEPS))
+                check = self.drafts >= least
+                self.full = step < 3 or self.drafts >= most
+                self.full = self.full or (check and self.error is not None and self.error > allowed)
+                self.drafts += 1
+            self.step = step
+            if self.full:
+                self.computed.append(step)
+            for block in blocks[:-1]:
+                h = block(h, self.module)
+            if check and not self.full:
+                exact, draft = blocks[-1](h), blocks[-1](h, self.module)
+                rows = zip(draft, exact, strict=True)
+                self.error = max(((d - e).abs() / (e.abs() + 1e-10)).mean().item() for d, e in rows)
+                errors.append(self.error)
+                return draft
+            return blocks[-1](h, self.module)
+
+    config = SpeCa(threshold=threshold, decay=decay, floor=floor, least=least, most=most)
+    assert_same(config, Speculating)
+    assert len(errors) > 2 and len(set(errors)) == len(errors)
