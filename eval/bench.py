@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from dita.eval.flops import count_flops
 from dita.eval.group import Group
 from dita.eval.peers import Peer
 from dita.eval.sampling import Drawn, Sampling, draw
-from dita.eval.settings import PLAIN, Setting
+from dita.eval.settings import PLAIN, Setting, digest
 from dita.eval.timing import timed
 
 _LEAST_PAIRS = 2
@@ -102,7 +103,7 @@ class Bench:
     def _measure(self, setting: Setting, observe: Observe) -> Cost:
         cost = Cost(computed=[] if setting.config else [setting.steps / self.sampling.steps])
         setting, cost.calibration_seconds = self._calibrated(setting)
-        cost.config = setting.config.to_dict() if setting.config else None
+        cost.config = compact(setting.config.to_dict()) if setting.config else None
         first, *rest = self.batches
         cost.first_batch = len(first)
         if self.device.type == "cuda":
@@ -171,6 +172,24 @@ class Bench:
             plain = timed(lambda: draw(self.pipe, self.sampling, indices), self.device)
         cost.plain_seconds.append(plain)
         cost.matched.append(taken)
+
+
+def compact(config: dict[str, Any], most: int = 2000) -> dict[str, Any]:
+    """Put the digest of a measured table in its place where it is long, so that a row stays readable.
+
+    Args:
+        config: a method's or peer's `to_dict`.
+        most: characters of JSON up to which a setting is kept.
+
+    Example:
+        >>> compact({"method": "bac", "settings": {"updates": 30, "table": [0.5] * 1000}})["settings"]["updates"]
+        30
+    """
+    settings = {
+        name: {"digest": digest(value)} if len(json.dumps(value)) > most else value
+        for name, value in config["settings"].items()
+    }
+    return {**config, "settings": settings}
 
 
 def timeline(run: Any) -> dict[str, str]:

@@ -59,12 +59,20 @@ def weighted_sum(
     for other in (*tensors[1:], *(() if base is None else (base,))):
         if other.shape != first.shape:
             raise DitaError(f"all tensors must have one shape, got {tuple(first.shape)} and {tuple(other.shape)}")
-    if first.is_cuda and not isinstance(weights, torch.Tensor):
+    if isinstance(weights, torch.Tensor) and weights.shape != (len(tensors), first.shape[-1]):
+        raise DitaError(f"weights have shape {tuple(weights.shape)}; expected {(len(tensors), first.shape[-1])}")
+    if first.is_cuda:
         from dita.kernels.weighted_sum_triton import triton_weighted_sum
 
         return triton_weighted_sum(tensors, weights, base)
-    if isinstance(weights, torch.Tensor) or first.dtype != torch.float32:
+    if first.dtype != torch.float32:
         return naive_weighted_sum(tensors, weights, base)
+    if isinstance(weights, torch.Tensor):
+        rows = weights.to(torch.float32)
+        total = first * rows[0] if base is None else torch.addcmul(base, first, rows[0])
+        for tensor, row in zip(tensors[1:], rows[1:], strict=True):
+            total.addcmul_(tensor, row)
+        return total
     numbers = list(weights)
     total = torch.mul(first, numbers[0]) if base is None else torch.add(base, first, alpha=numbers[0])
     for tensor, weight in zip(tensors[1:], numbers[1:], strict=True):

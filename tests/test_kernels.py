@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,18 @@ def test_weighted_sum(shape: tuple[int, ...], terms: int, dtype: torch.dtype, wi
     assert all(torch.equal(t, k) for t, k in zip(tensors, kept, strict=True)), "inputs stay as they are"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("with_base", [False, True])
+def test_weights_per_channel(shape: tuple[int, ...], dtype: torch.dtype, with_base: bool) -> None:
+    (*tensors, base), _ = inputs(shape, 3, dtype)
+    table = torch.randn(3, shape[-1], generator=torch.Generator().manual_seed(9))
+    total = sum(t.double() * row.double() for t, row in zip(tensors, table, strict=True))
+    expected = (total + base.double() if with_base else total).to(dtype)  # pyright: ignore
+    result = weighted_sum(tensors, table, base if with_base else None)
+    torch.testing.assert_close(result, expected, rtol=1.6e-2 if dtype != torch.float32 else 1e-5, atol=1e-5)
+
+
 def test_weighted_sum_accumulates_in_float32() -> None:
     """1 + 2^-9 - 1 vanishes when every partial sum is rounded to bfloat16."""
     one = torch.ones(4, dtype=torch.bfloat16)
@@ -57,9 +70,10 @@ def test_weighted_sum_accumulates_in_float32() -> None:
         ([], [], "1 to 8 tensors"),
         ([torch.ones(2)], [1.0, 2.0], "a weight each, got 1 and 2"),
         ([torch.ones(2), torch.ones(3)], [1.0, 2.0], "one shape"),
+        ([torch.ones(2), torch.ones(2)], torch.ones(2, 3), "expected .2, 2."),
     ],
 )
-def test_weighted_sum_refuses(tensors: list[torch.Tensor], weights: list[float], message: str) -> None:
+def test_weighted_sum_refuses(tensors: list[torch.Tensor], weights: Any, message: str) -> None:
     with pytest.raises(DitaError, match=message):
         weighted_sum(tensors, weights)
 
@@ -77,6 +91,12 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
             for start in (None, base):
                 result = triton_weighted_sum(tensors, weights, start)
                 torch.testing.assert_close(result, oracle(tensors, weights, start))
+for shape in SHAPES:
+    (*tensors, base), _ = inputs(shape, 3, torch.float32)
+    table = torch.randn(3, shape[-1], generator=torch.Generator().manual_seed(9))
+    expected = sum(t.double() * row.double() for t, row in zip(tensors, table))
+    torch.testing.assert_close(triton_weighted_sum(tensors, table), expected.float())
+    torch.testing.assert_close(triton_weighted_sum(tensors, table, base), (expected + base.double()).float())
 strided = torch.randn(4, 6).t()
 torch.testing.assert_close(triton_weighted_sum([strided], [2.0]), strided * 2)
 print("agreed")
@@ -99,3 +119,7 @@ def test_triton_kernel_on_the_device(shape: tuple[int, ...]) -> None:
         (*tensors, base), weights = inputs(shape, 3, dtype)
         result = weighted_sum([t.cuda() for t in tensors], weights, base.cuda())
         torch.testing.assert_close(result.cpu(), oracle(tensors, weights, base))
+        table = torch.randn(3, shape[-1])
+        expected = naive_weighted_sum(tensors, table, base)
+        result = weighted_sum([t.cuda() for t in tensors], table, base.cuda())
+        torch.testing.assert_close(result.cpu(), expected)
