@@ -22,6 +22,7 @@ from dita.caching.foresight import Foresight
 from dita.caching.freqca import FreqCa
 from dita.caching.hicache import HiCache
 from dita.caching.hyca import HyCa
+from dita.caching.lightcache import LightCache
 from dita.caching.magcache import MagCache
 from dita.caching.magnitude import MagnitudeTable
 from dita.caching.pab import PAB
@@ -51,6 +52,7 @@ __all__ = [
     "FreqCa",
     "HiCache",
     "HyCa",
+    "LightCache",
     "MagCache",
     "MagnitudeTable",
     "Rescaling",

@@ -16,7 +16,7 @@ reused. Confidence: medium; no code of the authors was read. The union is restri
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -205,7 +205,7 @@ class BAC(CalibratedMethod):
             similarity[site.name] = (normed @ normed.T).tolist()
             change[site.name] = torch.cdist(features, features, p=1).mean().item() / length
         table = sink.table(Table, {"similarity": similarity, "change": change}, pipe)
-        return type(self)(self.updates, self.upstream, table)
+        return replace(self, table=table)
 
     @classmethod
     def disabled(cls) -> BAC:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -240,7 +240,7 @@ class CacheQuant(CalibratedMethod):
                 known = step != head and step in kept and head in kept
                 rows.append(fit_affine(kept[head], kept[step]) if known else ())
             values[name] = rows
-        return type(self)(self.interval, self.affine, sink.table(Table, values, pipe))
+        return replace(self, table=sink.table(Table, values, pipe))
 
     @classmethod
     def disabled(cls) -> CacheQuant:

@@ -11,6 +11,7 @@ from dita.anatomy import Anatomy
 from dita.caching.forecast import Forecast
 from dita.caching.history import History
 from dita.caching.policy import Guards, Policy, Verdict, View, relative_l1
+from dita.caching.storage import Storage
 from dita.errors import DitaError
 from dita.seams import Call, Features, Site
 
@@ -58,6 +59,7 @@ class Stream:
 
     policy: Policy
     how: Forecast
+    storage: Storage
     shapes: tuple[tuple[int, ...], ...]
     histories: dict[tuple[Site, int], History] = field(default_factory=dict)
     watched: dict[Site, torch.Tensor] = field(default_factory=dict)
@@ -67,7 +69,8 @@ class Stream:
 
     def history(self, site: Site, occurrence: int) -> History:
         """The ring of a site, made on first use."""
-        return self.histories.setdefault((site, occurrence), History(self.how.anchors, self.how.retain))
+        fresh = History(self.how.anchors, self.how.retain, self.storage)
+        return self.histories.setdefault((site, occurrence), fresh)
 
     def newest_of(self, site: Site) -> Features:
         """The newest features kept of a site, () if there are none."""
@@ -115,8 +118,8 @@ def plan_sites(recipe: Recipe, anatomy: Anatomy, method: str) -> tuple[tuple[Sit
 class CacheHandler:
     """Carries out one recipe on one model. See `dita.seams.Handler` for when each method is called."""
 
-    def __init__(self, recipe: Recipe, anatomy: Anatomy, method: str) -> None:
-        self.recipe, self.anatomy = recipe, anatomy
+    def __init__(self, recipe: Recipe, anatomy: Anatomy, method: str, storage: Storage | None = None) -> None:
+        self.recipe, self.anatomy, self.storage = recipe, anatomy, storage or Storage()
         self.reused, self.watched, self.probe = plan_sites(recipe, anatomy, method)
         probe = () if self.probe is None else (self.probe,)
         verified = () if recipe.verify is None else (recipe.verify,)
@@ -152,7 +155,7 @@ class CacheHandler:
         stream = self._streams.get(key)
         if stream is None or stream.shapes != call.shapes:
             # Features of another shape are of no use: what a change of resolution leaves behind is a first step.
-            stream = self._streams[key] = Stream(self.recipe.when(), self.recipe.how, call.shapes)
+            stream = self._streams[key] = Stream(self.recipe.when(), self.recipe.how, self.storage, call.shapes)
         return stream
 
     def compute(self, site: Site, call: Call, inputs: Features) -> bool:

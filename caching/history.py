@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dita.caching.storage import Storage
 from dita.kernels.weighted_sum import weighted_sum
 from dita.seams import Features
 
@@ -28,11 +29,19 @@ class History:
     Args:
         length: entries kept.
         retain: chooses among all entries, newest first, which are kept; if None the newest.
+        storage: where and how precisely they are kept.
     """
 
-    def __init__(self, length: int, retain: Callable[[list[Entry]], list[Entry]] | None = None) -> None:
+    def __init__(
+        self,
+        length: int,
+        retain: Callable[[list[Entry]], list[Entry]] | None = None,
+        storage: Storage | None = None,
+    ) -> None:
         self._retain = retain or (lambda entries: entries[:length])
+        self._storage = storage or Storage()
         self._entries: list[Entry] = []
+        self._like: tuple[torch.dtype, torch.device] | None = None
 
     def push(self, step: int, features: Features, real: bool = True) -> None:
         """Keep a copy of `features`, computed (or else forecast) at `step`, and drop what is no longer wanted."""
@@ -40,9 +49,9 @@ class History:
         kept = self._retain([entry, *self._entries])
         spare = next((old.features for old in self._entries if not any(old is e for e in kept)), ())
         self._entries = kept
-        if len(spare) != len(features):
-            spare = (None,) * len(features)
-        entry.features = tuple(_copy(new, old) for new, old in zip(features, spare, strict=True))
+        first = next((tensor for tensor in features if tensor is not None), None)
+        self._like = None if first is None else (first.dtype, first.device)
+        entry.features = self._storage.put(features, spare)
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -56,8 +65,8 @@ class History:
 
     @property
     def newest(self) -> Features:
-        """The newest features."""
-        return self._entries[0].features
+        """The newest features, as they were computed (but for what a lower precision cost)."""
+        return self._storage.get(self._entries[0].features, self._like)
 
     def combine(
         self, weights: Sequence[float] | torch.Tensor, base: Features = (), only: int | None = None
@@ -72,8 +81,9 @@ class History:
         Returns:
             new tensors, summed in float32, in the features' dtype; None where the features are None.
         """
-        columns = list(zip(*(entry.features for entry in self._entries[: len(weights)]), strict=True))
-        bases = list(base or (None,) * len(self.newest))
+        used = (self._storage.get(entry.features, self._like) for entry in self._entries[: len(weights)])
+        columns = list(zip(*used, strict=True))
+        bases = list(base or (None,) * len(columns))
         if only is not None:
             columns, bases = columns[only : only + 1], bases[only : only + 1]
         results: list[torch.Tensor | None] = []
@@ -85,11 +95,3 @@ class History:
     def bytes_held(self) -> int:
         """Bytes of the tensors kept."""
         return sum(t.numel() * t.element_size() for entry in self._entries for t in entry.features if t is not None)
-
-
-def _copy(new: torch.Tensor | None, old: torch.Tensor | None) -> torch.Tensor | None:
-    if new is None:
-        return None
-    if old is not None and old.shape == new.shape and old.dtype == new.dtype and old.device == new.device:
-        return old.copy_(new)
-    return new.detach().clone(memory_format=torch.contiguous_format)

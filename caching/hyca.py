@@ -19,7 +19,7 @@ where the paper takes the first few steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -282,7 +282,7 @@ class HyCa(CalibratedMethod):
             groups = cluster(describe_channels(features), min(self.clusters, features.shape[-1]))
             solvers = choose(features, groups, self.interval)
             values[name] = [solvers[g] for g in groups.tolist()]
-        return type(self)(self.interval, self.warmup, self.clusters, sink.table(Table, values, pipe))
+        return replace(self, table=sink.table(Table, values, pipe))
 
     @classmethod
     def disabled(cls) -> HyCa:

@@ -18,7 +18,7 @@ a threshold of 0 computes everything. Their hard-coded computation of step 11 of
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from dita.anatomy import Anatomy
@@ -135,7 +135,7 @@ class MagCache(CalibratedMethod):
 
     def calibrated(self, pipe: Any, call: Callable[[Any], Any]) -> MagCache:
         """Measure the ratios in one full run; the pipeline comes back as it was."""
-        return type(self)(self.threshold, self.max_skip, self.retention, self.always, measure_magnitudes(pipe, call))
+        return replace(self, table=measure_magnitudes(pipe, call))
 
     @classmethod
     def disabled(cls) -> MagCache:

@@ -16,7 +16,7 @@ read by step.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -176,7 +176,7 @@ class SmoothCache(CalibratedMethod):
             ]
             for role, by_lag in sink.seen.items()
         }
-        return type(self)(self.alpha, self.most, sink.table(Table, values, pipe))
+        return replace(self, table=sink.table(Table, values, pipe))
 
     @classmethod
     def disabled(cls) -> SmoothCache:

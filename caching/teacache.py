@@ -20,7 +20,7 @@ published ones are used as they are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -209,7 +209,7 @@ class TeaCache(CalibratedMethod):
         coefficients = np.polyfit(entry, output, degree) if len(entry) else np.zeros(1)
         limits = (float(entry.min()), float(entry.max())) if len(entry) else (0.0, 1.0)
         values = {"coefficients": [float(c) for c in coefficients], "range": limits}
-        return type(self)(self.threshold, sink.table(Rescaling, values, pipe))
+        return replace(self, table=sink.table(Rescaling, values, pipe))
 
     @classmethod
     def disabled(cls) -> TeaCache:
