@@ -120,8 +120,8 @@ class SmoothCache(CalibratedMethod):
         DitaError: a setting out of range; on attaching, no calibration, or one of another model.
 
     Example:
-        >>> SmoothCache(alpha=0.18).label()
-        'alpha=0.18'
+        >>> SmoothCache(alpha=0.08).label()
+        'alpha=0.08'
     """
 
     alpha: float = 0.18

@@ -73,7 +73,9 @@ def sweep(
     ] = None,
     model: Annotated[str | None, typer.Option(help="A bundled pipeline by name, a folder, or a hub id.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where results, table, plot and report go.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer samples and settings: about three minutes.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Five methods, fewer samples and settings: about three minutes.")
+    ] = False,
     methods: Annotated[
         list[str] | None, typer.Option("--methods", "-m", help="Only these methods; repeat, or join with commas.")
     ] = None,

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 FEWER_STEPS = "fewer steps"
 PLAIN = "plain"
+QUICK = ("taylorseer", "ab-cache", "magcache", "fbcache", "dbcache")
+"""What a quick sweep takes: forecasts of modules and of the model's output, a table, and probes."""
+
 _FEWER_STEPS_LADDER = (0.8, 0.5, 0.4, 0.3, 0.24, 0.2, 0.16)  # of the plain run's steps
 _ROOMS = ("caching", "kernels", "schedulers", "eval/metrics", "eval/peers")
 _EVAL_FILES = tuple(
@@ -74,7 +77,8 @@ def plan(steps: int, methods: Sequence[str] | None = None, quick: bool = False, 
     Args:
         steps: solver steps of the plain run.
         methods: registry names, peers' names, or "fewer steps"; if None all but the peers.
-        quick: two settings for each method and for fewer steps, at a fifth and a half of its ladder.
+        quick: two settings for each method and for fewer steps, at a fifth and a half of its ladder; if no methods are
+            named, those in QUICK.
         peers: if no methods are named, the installed peers too.
 
     Returns:
@@ -93,6 +97,8 @@ def plan(steps: int, methods: Sequence[str] | None = None, quick: bool = False, 
     others = {peer.name: peer for peer in installed()}
     ours = (FEWER_STEPS, *registry.names())
     known = (*ours, *others)
+    if methods is None and quick:
+        methods = (FEWER_STEPS, *QUICK, *(others if peers else ()))
     wanted = list(dict.fromkeys((known if peers else ours) if methods is None else methods))
     unknown = [name for name in wanted if name not in known]
     if unknown:
