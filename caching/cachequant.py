@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -120,16 +121,23 @@ class Affine(Forecast):
     def forecast(self, history: History, base: Features, site: Site, call: Call) -> Features:
         """See `Forecast.forecast`; the text stream is reused."""
         plain = history.combine([1.0], base)
-        rows = self.table.values.get(f"{site.name}, {stream_key(call.position)}")
-        fitted = self.table.nearest(rows, call.position) if rows else ()
+        rows = self.rows.get(f"{site.name}, {stream_key(call.position)}")
+        fitted = self.table.nearest(rows, call.position) if rows else None
         newest = history.newest[0]
-        if not fitted or newest is None or len(fitted[0]) != newest.shape[-1]:
+        if fitted is None or newest is None or fitted.shape[-1] != newest.shape[-1]:
             return plain
-        scale, shift = (torch.tensor(row, dtype=torch.float32, device=newest.device) for row in fitted)
-        start = base[0] if base else None
-        image = newest.float() * scale + shift
-        image = image if start is None else image + start.float()
-        return (image.to(newest.dtype), *plain[1:])
+        scale, shift = fitted.to(newest.device)
+        start = shift if not base or base[0] is None else base[0].float() + shift
+        return ((newest.float() * scale + start).to(newest.dtype), *plain[1:])
+
+    @cached_property
+    def rows(self) -> dict[str, list[torch.Tensor | None]]:
+        """The table as tensors [2, C], None for heads."""
+        return {
+            name: [torch.tensor(row) if row else None for row in rows]
+            for name, rows in self.table.values.items()
+            if name not in ("interval", "heads")
+        }
 
 
 class _Recorder(Recorder):

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -85,6 +86,17 @@ def solver_weights(solver: str, k: int, anchors: Sequence[int]) -> list[float]:
 
 
 SOLVERS = ("reuse", "taylor 1", "taylor 2", "adams-bashforth", "bdf", "runge-kutta", "adams-moulton")
+
+
+@lru_cache(maxsize=256)
+def pool_weights(k: int, anchors: tuple[int, ...]) -> torch.Tensor:
+    """Weights of every solver of the pool: float32 [solvers, anchors].
+
+    Example:
+        >>> pool_weights(1, (2, 0))[0]
+        tensor([1., 0.])
+    """
+    return torch.tensor([solver_weights(solver, k, anchors) for solver in SOLVERS])
 
 
 def describe_channels(features: torch.Tensor) -> torch.Tensor:
@@ -175,20 +187,24 @@ class Hybrid(Forecast):
 
     table: Table = field(default_factory=lambda: Table({}))
 
+    @cached_property
+    def chosen(self) -> dict[str, torch.Tensor]:
+        """The table as tensors."""
+        return {name: torch.tensor(solvers) for name, solvers in self.table.values.items()}
+
     def forecast(self, history: History, base: Features, site: Site, call: Call) -> Features:
         """See `Forecast.forecast`; outputs that the calibration did not see take Taylor's order 1."""
-        steps = history.steps
-        rows = [solver_weights(solver, call.position.step - steps[0], steps) for solver in SOLVERS]
+        steps = tuple(history.steps)
+        rows = pool_weights(call.position.step - steps[0], steps)
         results: list[torch.Tensor | None] = []
-        for number in range(len(history.newest)):
-            newest = history.newest[number]
-            chosen = self.table.values.get(f"{site.name}, {number}")
+        for number, newest in enumerate(history.newest):
+            chosen = self.chosen.get(f"{site.name}, {number}")
             if newest is None:
                 results.append(None)
             elif chosen is None or len(chosen) != newest.shape[-1]:
-                results.append(history.combine(rows[1])[number])
+                results.append(history.combine(rows[1].tolist(), only=number)[0])
             else:
-                weights = torch.tensor(rows, device=newest.device)[list(chosen)].T
+                weights = rows[chosen].T.contiguous().to(newest.device)
                 results.append(history.combine(weights, only=number)[0])
         return tuple(results)
 

@@ -70,14 +70,14 @@ class FluxTraining(FlowTraining):
     """Trains the pipeline on rendered scenes."""
 
     trained = ("transformer", "text_encoder", "text_encoder_2")
-    task = Task("scene", steps=28, samples=64, quick_samples=12, call=dict(CALL))
+    task = Task("scene", steps=28, guidance=5.0, samples=64, quick_samples=12, call=dict(CALL))
 
     def __init__(self, args: argparse.Namespace) -> None:
         if args.distil:
             args.init_from = args.distil
         super().__init__(args)
         if not args.distil:  # guidance is still two calls
-            self.task = replace(self.task, guidance=1.0, call={**CALL, "true_cfg_scale": 3.0, "negative_prompt": ""})
+            self.task = replace(self.task, guidance=1.0, call={**CALL, "true_cfg_scale": 5.0, "negative_prompt": ""})
         self.renderer, self.unseen = Renderer("train", args.data), Renderer("test", args.data)
         transformer = self.pipe.transformer
         self.forward: Any = torch.compile(transformer) if args.compile else transformer
