@@ -22,6 +22,7 @@ from dita.caching.foresight import Foresight
 from dita.caching.freqca import FreqCa
 from dita.caching.hicache import HiCache
 from dita.caching.hyca import HyCa
+from dita.caching.icc import ICC
 from dita.caching.lightcache import LightCache
 from dita.caching.magcache import MagCache
 from dita.caching.magnitude import MagnitudeTable
@@ -34,6 +35,7 @@ from dita.caching.teacache import Rescaling, TeaCache
 
 __all__ = [
     "BAC",
+    "ICC",
     "PAB",
     "ABCache",
     "AdaCache",

@@ -25,7 +25,7 @@ class Recipe:
             `first`..`last`) or "model" (the transformer's output).
         when: makes the policy of one stream.
         how: the forecast.
-        keep: "residual" (output minus input) or "output"; spans only.
+        keep: "residual" (output minus input; spans and the model), "output", or "pair" (output and input; modules).
         guards: limits on the policy.
         first, last: the span; a negative last counts from the end, -1 being the last block.
         text: forecast the text stream too; without it a skipped span hands the text on as it came in.
@@ -197,7 +197,9 @@ class CacheHandler:
 
     def wants_inputs(self, site: Site) -> bool:
         """Residuals need the inputs of their span, and so do policies that watch one."""
-        if site == self.probe or site in self.recipe.watch:
+        if site == self.probe or (site in self.recipe.watch and site.kind == "span"):
+            return True
+        if self.recipe.keep == "pair" and site.kind == "module":
             return True
         return site in self._reused and (self._residual or self._measures_residual)
 
@@ -221,6 +223,8 @@ class CacheHandler:
         inputs = self._start(site, inputs)
         if self._keeps_ends(site):
             outputs = (outputs[0], None)
+        if self.recipe.keep == "pair":
+            outputs = (*outputs, *inputs)
         if inputs and (self._residual or self._measures_residual):
             residual = tuple(_difference(o, i) for o, i in zip(outputs, inputs, strict=True))
             view.residual = residual[0] if self._measures_residual else None
@@ -255,6 +259,8 @@ class CacheHandler:
         history = stream.history(site, occurrence)
         base: Features = ()
         inputs = self._start(site, inputs)
+        if self.recipe.keep == "pair":
+            base = inputs
         if self._residual:
             base = (matching(inputs[0], history.newest[0]),) if site.kind == "model" else inputs
         weights = None if self._verdict is None else self._verdict.weights

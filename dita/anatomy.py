@@ -75,6 +75,7 @@ class Anatomy:
         segments: maximal spans over which the streams stay the same (one for most models).
         modules: attention and MLP modules inside the blocks; where both run side by side, the projection joining them.
         inner: the attention modules that feed such projections.
+        linears: the linear layers inside attention and MLP modules, and such projections; not those of modulations.
         reasons: seam -> why it is missing.
         text_used_after: the text stream leaving the last block matters.
     """
@@ -85,6 +86,7 @@ class Anatomy:
     segments: tuple[Site, ...] = ()
     modules: tuple[ModulePart, ...] = ()
     inner: tuple[ModulePart, ...] = ()
+    linears: tuple[ModulePart, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)
     text_used_after: bool = True
 
@@ -154,9 +156,12 @@ def describe(model: nn.Module) -> Anatomy:
     modules = tuple(part for block in blocks for part in _modules_of(block))
     reasons = {} if modules else {"module": "no attention or MLP module was recognised inside its blocks"}
     inner = tuple(part for block in blocks for part in _inner_of(block))
+    linears = tuple(part for block in blocks for part in _linears_of(block))
     bare = Anatomy(model, entry.family, tuple(blocks))
     segments = tuple(bare.span(first, last) for first, last in _segments(blocks))
-    return Anatomy(model, entry.family, tuple(blocks), segments, modules, inner, reasons, entry.text_used_after)
+    return Anatomy(
+        model, entry.family, tuple(blocks), segments, modules, inner, linears, reasons, entry.text_used_after
+    )
 
 
 def _segments(blocks: list[Block]) -> list[tuple[int, int]]:
@@ -165,6 +170,20 @@ def _segments(blocks: list[Block]) -> list[tuple[int, int]]:
         if set(before.entry.returns) != set(after.entry.returns):
             cuts.append(after.number)
     return [(start, end - 1) for start, end in zip(cuts, [*cuts[1:], len(blocks)], strict=True)]
+
+
+def _linears_of(block: Block) -> list[ModulePart]:
+    children = dict(block.module.named_children())
+    parallel = PARALLEL_PROJECTION in children and all(name in children for name in PARALLEL_PARTS)
+    parts = []
+    for name, child in children.items():
+        if not _MODULE_NAME.match(name) and not (parallel and name in (*PARALLEL_PARTS, PARALLEL_PROJECTION)):
+            continue
+        for inner, module in child.named_modules():
+            if isinstance(module, nn.Linear):
+                path = ".".join(filter(None, (block.path, name, inner)))
+                parts.append(ModulePart(Site("module", path, block=block.number, role="linear"), module))
+    return parts
 
 
 def _inner_of(block: Block) -> list[ModulePart]:

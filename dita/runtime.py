@@ -104,7 +104,7 @@ class ModelRuntime:
         for block in self.anatomy.blocks:
             if block.number in covered:
                 self._patch(block.module, "forward", self._around_block(block))
-        for part in (*self.anatomy.modules, *self.anatomy.inner):
+        for part in (*self.anatomy.modules, *self.anatomy.inner, *self.anatomy.linears):
             if part.site in sites:
                 self._patch(part.module, "forward", self._around_module(part))
                 for feeder in part.feeders:
@@ -304,7 +304,9 @@ class ModelRuntime:
         """Run or skip a module or the model, whose output is a tensor, a tuple with Nones, or has `.sample`."""
         occurrence = self._occurrences.get(site, 0)
         self._occurrences[site] = occurrence + 1
-        inputs = (call.latents,) if site.kind == "model" else ()
+        inputs: Features = (call.latents,) if site.kind == "model" else ()
+        if site.kind == "module" and handler.wants_inputs(site):
+            inputs = (kwargs.get("hidden_states", kwargs.get("input", args[0] if args else None)),)
         if handler.compute(site, call, inputs):
             result = original(*args, **kwargs)
             features, rebuild = _flatten(result)

@@ -26,7 +26,8 @@ class Site:
         name: unique within the model, such as "blocks[0:8]" or "transformer_blocks.3.attn1".
         first, last: the span's block numbers, both included, counted over all block lists in execution order.
         block: the block number of a module site.
-        role: what the module is: "attention" (self or joint), "cross-attention", "mlp" or "parallel" (both at once).
+        role: what the module is: "attention" (self or joint), "cross-attention", "mlp", "parallel" (both at once) or
+            "linear" (a layer inside one of those).
         ends: the span reaches the last block, so that only the image stream is used after it.
     """
 
@@ -108,11 +109,11 @@ class Handler(Protocol):
         ...
 
     def wants_inputs(self, site: Site) -> bool:
-        """Say whether `computed` needs the inputs of this span; they are copied only then."""
+        """Say whether `computed` and `skipped` need the inputs of this span (copied then) or module (its first)."""
         ...
 
     def computed(self, site: Site, occurrence: int, call: Call, inputs: Features, outputs: Features) -> None:
-        """The site ran: `inputs` are those of a span (empty otherwise), copied where `wants_inputs` says so."""
+        """The site ran: `inputs` are those of a span or module where `wants_inputs` says so, else empty."""
 
     def skipped(self, site: Site, occurrence: int, call: Call, inputs: Features) -> Features:
         """The site did not run: return what stands in for its outputs."""
