@@ -290,7 +290,7 @@ class CacheHandler:
             call.action = "partial"
         if self._changes:
             view.block_change = torch.stack(self._changes).mean(0)
-        if self._verdict.compute:
+        if self._verdict.compute or call.action == "computed":  # no site may have had a past to be skipped with
             stream.policy.computed(view)
             stream.newest, stream.skipped_in_row = call.position.step, 0
         else:
