@@ -126,7 +126,7 @@ class _Recorder(Recorder):
         new = outputs[0]
         if site.kind == "module" and new is not None:
             stride = max(1, new.shape[1] // _TOKENS)
-            kept = self.sink.seen.setdefault(site, {}).setdefault(view.position.index, [])
+            kept = self.sink.seen.setdefault(site.name, {}).setdefault(view.position.index, [])
             kept.append(new[:, ::stride].float().flatten().cpu())
 
 
@@ -196,14 +196,14 @@ class BAC(CalibratedMethod):
         sink = measure(pipe, call, build)
         similarity: dict[str, list[list[float]]] = {}
         change: dict[str, float] = {}
-        for site, kept in sink.seen.items():
+        for name, kept in sink.seen.items():
             length = min(sum(map(len, parts)) for parts in kept.values())  # Heun's last step has one stage
             # A step that the run left out (image-to-image) is like no other.
             rows = [torch.cat(kept[i])[:length] if i in kept else torch.zeros(length) for i in range(sink.steps)]
             features = torch.stack(rows)
             normed = features / features.norm(dim=1, keepdim=True).clamp_min(1e-12)
-            similarity[site.name] = (normed @ normed.T).tolist()
-            change[site.name] = torch.cdist(features, features, p=1).mean().item() / length
+            similarity[name] = (normed @ normed.T).tolist()
+            change[name] = torch.cdist(features, features, p=1).mean().item() / length
         table = sink.table(Table, {"similarity": similarity, "change": change}, pipe)
         return replace(self, table=table)
 

@@ -38,7 +38,8 @@ def test_every_method_keeps_features_anywhere(method: str) -> None:
 def test_settings_round_trip_and_refuse() -> None:
     config = TaylorSeer(keep_on="host", keep_as="fp16")
     assert TaylorSeer.from_json(config.to_json()) == config and "keep_on=host" in config.label()
-    for wrong in ({"keep_on": "disk"}, {"keep_as": "int4"}):
+    changes: tuple[dict[str, Any], ...] = ({"keep_on": "disk"}, {"keep_as": "int4"})
+    for wrong in changes:
         with pytest.raises(DitaError, match="expected one of"):
             TaylorSeer(**wrong)
 
