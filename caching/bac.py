@@ -24,8 +24,17 @@ import torch
 from dita.anatomy import Anatomy
 from dita.caching.base import check_whole
 from dita.caching.engine import Recipe
-from dita.caching.policy import Policy, Verdict, View
-from dita.caching.table import CalibratedMethod, Measurement, Recorder, Table, measure, nearest_index, table_for
+from dita.caching.policy import Verdict, View
+from dita.caching.table import (
+    CalibratedMethod,
+    Measurement,
+    Recorder,
+    Table,
+    TablePolicy,
+    measure,
+    nearest_index,
+    table_for,
+)
 from dita.registry import register
 from dita.seams import Features, Site
 
@@ -91,7 +100,7 @@ def bubbling_union(
     return result
 
 
-class ScheduledSites(Policy):
+class ScheduledSites(TablePolicy):
     """Follow a schedule per site.
 
     Args:
@@ -100,16 +109,14 @@ class ScheduledSites(Policy):
     """
 
     def __init__(self, schedule: Mapping[str, frozenset[int]], table: Table) -> None:
-        self.schedule, self.table = schedule, table
-        self._checked = False
+        super().__init__(table)
+        self.schedule = schedule
 
     def decide(self, view: View) -> Verdict:
         """Read the schedules."""
         if not self.schedule:
             return Verdict(True, "no schedule")
-        if not self._checked:
-            self._checked = True
-            self.table.check(view)
+        self.check(view)
         step = nearest_index(self.table.steps, view.position)
         due = frozenset(name for name, steps in self.schedule.items() if step in steps)
         if len(due) == len(self.schedule):

@@ -27,12 +27,13 @@ from dita.caching.base import check_whole
 from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast
 from dita.caching.history import History
-from dita.caching.policy import Policy, Verdict, View
+from dita.caching.policy import Verdict, View
 from dita.caching.table import (
     CalibratedMethod,
     Measurement,
     Recorder,
     Table,
+    TablePolicy,
     measure,
     nearest_index,
     stream_key,
@@ -86,7 +87,7 @@ def segments(distance: Sequence[Sequence[float]], steps: int, interval: int) -> 
     return heads[::-1]
 
 
-class Segmented(Policy):
+class Segmented(TablePolicy):
     """Compute the heads of segments.
 
     Args:
@@ -95,14 +96,12 @@ class Segmented(Policy):
     """
 
     def __init__(self, heads: frozenset[int], table: Table) -> None:
-        self.heads, self.table = heads, table
-        self._checked = False
+        super().__init__(table)
+        self.heads = heads
 
     def decide(self, view: View) -> Verdict:
         """Read the schedule."""
-        if not self._checked:
-            self._checked = True
-            self.table.check(view)
+        self.check(view)
         if not self.table.steps:
             return Verdict(True, "no schedule")
         return Verdict(nearest_index(self.table.steps, view.position) in self.heads, "segments")

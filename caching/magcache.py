@@ -24,13 +24,13 @@ from typing import Any, ClassVar
 from dita.anatomy import Anatomy
 from dita.caching.base import check_number, check_whole
 from dita.caching.engine import Recipe
-from dita.caching.magnitude import Magnitudes, MagnitudeTable, measure_magnitudes
+from dita.caching.magnitude import MagnitudeTable, measure_magnitudes
 from dita.caching.policy import Guards, Verdict, View
-from dita.caching.table import CalibratedMethod, Table, nearest_index, table_for
+from dita.caching.table import CalibratedMethod, Table, TablePolicy, nearest_index, table_for
 from dita.registry import register
 
 
-class MagnitudeGate(Magnitudes):
+class MagnitudeGate(TablePolicy):
     """Skip while the accumulated magnitude error is small.
 
     Args:
@@ -45,13 +45,14 @@ class MagnitudeGate(Magnitudes):
         self, table: MagnitudeTable, threshold: float, max_skip: int, retention: float, always: tuple[int, ...]
     ) -> None:
         super().__init__(table)
+        self.table: MagnitudeTable = table
         self.threshold, self.max_skip, self.retention = threshold, max_skip, retention
         self.always = frozenset(always)
         self._ratio, self._error, self._skips = 1.0, 0.0, 0
 
     def decide(self, view: View) -> Verdict:
         """Add this step's error to those since the last computed step."""
-        self.check_match(view)
+        self.check(view)
         position = view.position
         if self.threshold <= 0:
             return Verdict(True, "threshold 0")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from dita.anatomy import Anatomy
 from dita.caching.engine import Recipe
-from dita.caching.policy import Policy, View
+from dita.caching.policy import View
 from dita.caching.table import Measurement, Recorder, Table, measure, stream_key
 from dita.errors import DitaError
 from dita.seams import Position
@@ -45,24 +45,6 @@ class MagnitudeTable(Table):
     def ratio(self, position: Position) -> float:
         """The ratio of a step."""
         return self.nearest(self.of(position), position)
-
-
-class Magnitudes(Policy):
-    """A policy that reads a table.
-
-    Args:
-        table: the ratios.
-    """
-
-    def __init__(self, table: MagnitudeTable) -> None:
-        self.table = table
-        self._checked = False
-
-    def check_match(self, view: View) -> None:
-        """Warn once a run if the table was measured under other conditions."""
-        if not self._checked and self.table.values:
-            self._checked = True
-            self.table.check(view)
 
 
 class _Recorder(Recorder):

@@ -24,8 +24,8 @@ import torch
 from dita.anatomy import Anatomy
 from dita.caching.base import check_number, check_whole
 from dita.caching.engine import Recipe
-from dita.caching.policy import Policy, Verdict, View, relative_l1
-from dita.caching.table import CalibratedMethod, Measurement, Recorder, Table, measure, table_for
+from dita.caching.policy import Verdict, View, relative_l1
+from dita.caching.table import CalibratedMethod, Measurement, Recorder, Table, TablePolicy, measure, table_for
 from dita.registry import register
 from dita.seams import Features, Site
 
@@ -60,7 +60,7 @@ def greedy_schedule(changes: Sequence[Sequence[float]], steps: int, alpha: float
     return flags
 
 
-class ScheduledKinds(Policy):
+class ScheduledKinds(TablePolicy):
     """Follow a schedule per kind of module.
 
     Args:
@@ -69,14 +69,12 @@ class ScheduledKinds(Policy):
     """
 
     def __init__(self, schedules: Mapping[str, Sequence[bool]], table: Table) -> None:
-        self.schedules, self.table = schedules, table
-        self._checked = False
+        super().__init__(table)
+        self.schedules = schedules
 
     def decide(self, view: View) -> Verdict:
         """Read the schedules."""
-        if not self._checked:
-            self._checked = True
-            self.table.check(view)
+        self.check(view)
         due = frozenset(role for role, flags in self.schedules.items() if self.table.nearest(flags, view.position))
         reason = f"schedule: {', '.join(sorted(due)) or 'nothing'} due"
         if view.position.step == view.position.steps - 1 or len(due) == len(self.schedules):

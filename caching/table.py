@@ -160,6 +160,24 @@ class Recorder(Policy):
         self.note(view)
 
 
+class TablePolicy(Policy):
+    """A policy that reads a table, and warns once a run if the table was measured under other conditions.
+
+    Args:
+        table: what it reads.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self._checked = False
+
+    def check(self, view: View) -> None:
+        """Compare the conditions, the first time in a run."""
+        if not self._checked:
+            self._checked = True
+            self.table.check(view)
+
+
 class CalibratedMethod(CachingMethod):
     """A method whose setting `table` is measured on the user's pipeline.
 

@@ -28,8 +28,17 @@ import torch
 from dita.anatomy import Anatomy
 from dita.caching.base import check_number
 from dita.caching.engine import Recipe
-from dita.caching.policy import Guards, Policy, Verdict, View, relative_l1
-from dita.caching.table import CalibratedMethod, Measurement, Recorder, Table, measure, stream_key, table_for
+from dita.caching.policy import Guards, Verdict, View, relative_l1
+from dita.caching.table import (
+    CalibratedMethod,
+    Measurement,
+    Recorder,
+    Table,
+    TablePolicy,
+    measure,
+    stream_key,
+    table_for,
+)
 from dita.registry import register
 from dita.seams import Features, Site
 
@@ -75,7 +84,7 @@ class Rescaling(Table):
         return (total.clamp_min(0) if limits else total).float()
 
 
-class EntryChange(Policy):
+class EntryChange(TablePolicy):
     """Skip while the rescaled change of the modulated input adds up to little.
 
     Args:
@@ -84,11 +93,11 @@ class EntryChange(Policy):
     """
 
     def __init__(self, threshold: float, rescaling: Rescaling) -> None:
+        super().__init__(rescaling)
         self.threshold, self.rescaling = threshold, rescaling
         self._now: torch.Tensor | None = None
         self._last: torch.Tensor | None = None
         self._sum: torch.Tensor | float = 0.0
-        self._checked = False
 
     def saw(self, site: Site, inputs: Features, outputs: Features, view: View) -> None:
         """Take what the first attention is about to read."""
@@ -97,9 +106,7 @@ class EntryChange(Policy):
 
     def decide(self, view: View) -> Verdict:
         """Add this step's change."""
-        if not self._checked:
-            self._checked = True
-            self.rescaling.check(view)
+        self.check(view)
         if self.threshold <= 0 or self._now is None or self._last is None:
             return Verdict(True, "threshold 0" if self.threshold <= 0 else "first step")
         self._sum = self._sum + self.rescaling(relative_l1(self._now, self._last))

@@ -99,3 +99,20 @@ def run_all(h: torch.Tensor, blocks: list[HandBlock]) -> torch.Tensor:
     for block in blocks:
         h = block(h)
     return h
+
+
+def record_modules() -> dict[tuple[int, str], list[torch.Tensor]]:
+    """Every module's outputs over one full run, by block number and kind."""
+    features: dict[tuple[int, str], list[torch.Tensor]] = {}
+
+    def measuring(h: torch.Tensor, blocks: list[HandBlock]) -> torch.Tensor:
+        def module(key: tuple[int, str], run: Callable[[], torch.Tensor]) -> torch.Tensor:
+            features.setdefault(key, []).append(run())
+            return features[key][-1]
+
+        for block in blocks:
+            h = block(h, module)
+        return h
+
+    by_hand(measuring)
+    return features

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from handwritten import STEPS, HandBlock, assert_same, by_dita, by_hand, run_all
+from handwritten import STEPS, HandBlock, assert_same, by_dita, by_hand, record_modules, run_all
 from pipelines import TINY
 
 import dita
@@ -174,18 +174,7 @@ def test_fastercache() -> None:
 def test_smoothcache() -> None:
     """Changes averaged over depth on a full run, then the authors' greedy scan for each kind."""
     alpha, most = 0.5, 3
-    features: dict[Key, list[torch.Tensor]] = {}
-
-    def measuring(h: torch.Tensor, blocks: list[HandBlock]) -> torch.Tensor:
-        def module(key: Key, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-            features.setdefault(key, []).append(run())
-            return features[key][-1]
-
-        for block in blocks:
-            h = block(h, module)
-        return h
-
-    by_hand(measuring)
+    features = record_modules()
 
     def change(kind: str, i: int, j: int) -> float:
         each = []
@@ -331,18 +320,7 @@ def test_the_plain_modules_are_the_model() -> None:
 def test_bac() -> None:
     """Schedules by exhaustive search over all choices of updates, then the union over MLPs behind."""
     budget, upstream = 4, 2
-    features: dict[Key, list[torch.Tensor]] = {}
-
-    def measuring(h: torch.Tensor, blocks: list[HandBlock]) -> torch.Tensor:
-        def module(key: Key, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-            features.setdefault(key, []).append(run())
-            return features[key][-1]
-
-        for block in blocks:
-            h = block(h, module)
-        return h
-
-    by_hand(measuring)
+    features = record_modules()
 
     def best(seen: list[torch.Tensor]) -> set[int]:
         flat = torch.stack(seen).flatten(1)
