@@ -62,7 +62,7 @@ def test_context_manager_restores_what_was_there_before() -> None:
     ("methods", "options", "message"),
     [
         (("taylorsear",), {}, "did you mean taylorseer"),
-        (("taylorseer",), {"interva": 3}, "has no setting interva; it has: interval"),
+        (("taylorseer",), {"interva": 3}, "has no setting interva; it has: .*interval"),
         (("taylorseer",), {"interval": 0}, "interval is 0; expected a whole number from 1"),
         (("taylorseer", "fbcache"), {}, "taylorseer and fbcache exclude each other"),
         (("taylorseer", "fbcache"), {"interval": 3}, "configure a single method, but 2"),

@@ -5,7 +5,9 @@
 
 A stock FluxPipeline over scenes of two garments, 32x64 pixels: two double-stream and six single-stream blocks of width
 192 over 128 image tokens (4x4 pixels each) and 16 words, a small T5 and a small CLIP text model trained with it.
-Rectified flow (arXiv 2210.02747) with logit-normal noise levels, captions dropped in one of ten samples.
+Rectified flow (arXiv 2210.02747) with logit-normal noise levels, captions dropped in one of ten samples. The features
+after the third block are held to those of the garment classifier, place by place (REPA, arXiv 2410.06940): not of the
+world's reader, which judges the samples.
 
 The first command trains at guidance embedding 1. The second distils classifier-free guidance into the guidance
 embedding (arXiv 2210.03142), so that `guidance_scale` costs one call a step; at `guidance_scale=1` the model stays the
@@ -22,11 +24,12 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
+from dita.eval.classifier import load_classifier
 from dita.eval.task import Task
 from dita.eval.training.flow import FlowTraining, arguments, flow_loss, noise_levels
 from dita.eval.training.words import LENGTH, build_clip, build_t5, build_tokenizer
 from dita.eval.vae import SpaceToDepthVAE
-from dita.eval.world import Renderer, random_scene
+from dita.eval.world import GROUND, Renderer, random_scene
 
 HEIGHT, WIDTH = 32, 64
 CALL = {"height": HEIGHT, "width": WIDTH, "max_sequence_length": LENGTH}
@@ -94,6 +97,29 @@ class FluxTraining(FlowTraining):
     def build(self) -> FluxPipeline:
         return build_pipeline()
 
+    def build_helpers(self) -> torch.nn.ModuleDict:
+        if self.args.distil or not self.args.align:
+            return torch.nn.ModuleDict()
+        self.classifier = load_classifier()
+        self.seen: list[torch.Tensor] = []
+        third = self.pipe.transformer.single_transformer_blocks[0]
+        third.register_forward_hook(lambda module, args, output: self.seen.append(output[1]))
+        wide, features = self.pipe.transformer.inner_dim, self.classifier.widths[-1]
+        layers = torch.nn.Linear(wide, wide), torch.nn.SiLU(), torch.nn.Linear(wide, features)
+        return torch.nn.ModuleDict({"projector": torch.nn.Sequential(*layers)})
+
+    def alignment(self, clean: torch.Tensor) -> torch.Tensor:
+        """Mean of 1 - cosine between the projected features of the last forward pass and the classifier's."""
+        latents = FluxPipeline._unpack_latents(clean, HEIGHT, WIDTH, vae_scale_factor=2)
+        images = self.pipe.vae.decode(latents / _SCALE + _SHIFT, return_dict=False)[0]
+        grey = ((images.amax(1, keepdim=True) + 1 - 2 * GROUND) / (1 - GROUND) - 1).clamp(-1, 1)
+        left, right = grey.chunk(2, dim=-1)
+        with torch.no_grad():
+            maps = self.classifier.maps(torch.cat([left, right]))[-1]
+        target = torch.cat(maps.chunk(2), dim=-1).flatten(2).mT  # [B, 128 tokens, channels], row by row
+        tokens = self.helpers["projector"](self.seen.pop())
+        return 1 - torch.nn.functional.cosine_similarity(tokens, target, dim=-1).mean()
+
     def load(self, folder: Path) -> FluxPipeline:
         return FluxPipeline.from_pretrained(folder, local_files_only=True)
 
@@ -142,8 +168,11 @@ class FluxTraining(FlowTraining):
         noisy = torch.lerp(clean, noise, level.view(-1, 1, 1))
         guidance = torch.ones(count)
         if self.teacher is None:
+            if self.helpers:
+                self.seen.clear()
             predicted = self.predict(self.pipe, self.forward, noisy, level, texts, guidance)
-            return flow_loss(predicted, clean, noise), count
+            loss = flow_loss(predicted, clean, noise)
+            return (loss + self.args.align * self.alignment(clean) if self.helpers else loss), count
         guided = torch.rand(count, generator=generator) < 0.75
         guidance = torch.where(guided, 1 + (_MOST_GUIDANCE - 1) * torch.rand(count, generator=generator), guidance)
         with torch.no_grad():
@@ -168,6 +197,7 @@ class FluxTraining(FlowTraining):
 def main() -> None:
     """Parse the command line and train."""
     parser = arguments(__doc__, "runs/fashion-flux", minutes=120, batch=64, lr=2e-3)
+    parser.add_argument("--align", type=float, default=0.2, help="weight of the alignment of features; 0: none")
     parser.add_argument("--distil", default=None, help="folder of the trained pipeline whose guidance to distil")
     FluxTraining(parser.parse_args()).run()
 

@@ -83,12 +83,17 @@ class FlowTraining(ABC):
                 net.load_state_dict(getattr(kept, name).float().state_dict())
         self.nets.eval().requires_grad_(True)
         self.ema = copy.deepcopy(self.nets).requires_grad_(False)
+        self.helpers = self.build_helpers()
         self.optimizers = self._optimizers()
         self.step, self.elapsed, self.samples = 0, 0.0, 0
 
     @abstractmethod
     def build(self) -> Any:
         """Build the untrained pipeline."""
+
+    def build_helpers(self) -> nn.ModuleDict:
+        """Build networks that learn beside the pipeline, for its sake, and are left behind; none by default."""
+        return nn.ModuleDict()
 
     @abstractmethod
     def load(self, folder: Path) -> Any:
@@ -118,6 +123,7 @@ class FlowTraining(ABC):
         for name, parameter in self.nets.named_parameters():
             inside = "blocks." in name or ".block." in name or ".layers." in name
             (matrices if parameter.ndim == 2 and inside and "bias" not in name else rest).append(parameter)
+        rest += self.helpers.parameters()
         lr = self.args.lr
         adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
         return [Muon(matrices, lr=lr), adamw] if matrices else [adamw]
@@ -133,7 +139,7 @@ class FlowTraining(ABC):
     def save(self, name: str = "checkpoint.pt") -> None:
         """Write everything that resuming needs, and the pipeline."""
         state = {
-            "nets": self.nets.state_dict(), "ema": self.ema.state_dict(),
+            "nets": self.nets.state_dict(), "ema": self.ema.state_dict(), "helpers": self.helpers.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "generator": self.generator.get_state(),
             "step": self.step, "elapsed": self.elapsed, "samples": self.samples,
@@ -154,6 +160,7 @@ class FlowTraining(ABC):
         state = torch.load(path, weights_only=True)
         self.nets.load_state_dict(state["nets"])
         self.ema.load_state_dict(state["ema"])
+        self.helpers.load_state_dict(state["helpers"])
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         self.generator.set_state(state["generator"])

@@ -3,7 +3,8 @@
     python -m dita.eval.training.worldnet --minutes 20 --out eval/models/fashion-world
 
 Starts from the bundled garment classifier's convolutions. Renders of Fashion-MNIST's training garments (scenes, clips
-and single frames of clips, a little noise added), AdamW with a cosine schedule over a budget of processor time.
+and single frames of clips, a little noise added), AdamW with a cosine schedule over a budget of processor time; the
+average of the weights is kept.
 The accuracies of its heads on renders of the 10,000 test garments go into `accuracy.json`, the features of real scenes
 and clips into `scene.safetensors` and `clip.safetensors`.
 """
@@ -11,6 +12,7 @@ and clips into `scene.safetensors` and `clip.safetensors`.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -89,15 +91,24 @@ def noisy(media: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 @torch.no_grad()
 def started(net: WorldNet) -> WorldNet:
-    """Copy what the garment classifier knows: convolutions on grey, half of the features, the garment head."""
+    """Copy what the garment classifier knows: convolutions on grey, half of the features, the garment head.
+
+    In a wider network the classifier's channels come first, and to them the other channels give nothing yet.
+    """
     classifier = load_classifier()
-    for mine, known in zip((*net.convs, *net.norms), (*classifier.convs, *classifier.norms), strict=True):
-        state = known.state_dict()
-        if state["weight"].shape[1:2] == (1,):
-            state["weight"] = state["weight"].expand(-1, 3, -1, -1) / 3
-        mine.load_state_dict(state)
-    kept = classifier.num_features
-    net.embed.weight[:kept], net.embed.bias[:kept] = classifier.embed.weight, classifier.embed.bias
+    grey = classifier.convs[0].weight.expand(-1, 3, -1, -1) / 3  # pyright: ignore[reportArgumentType, reportCallIssue]
+    for index, (conv, known) in enumerate(zip(net.convs, classifier.convs, strict=True)):
+        weight = grey if index == 0 else known.weight
+        out, into = weight.shape[:2]  # pyright: ignore[reportAttributeAccessIssue]
+        conv.weight[:out] = 0.0  # pyright: ignore[reportIndexIssue]
+        conv.weight[:out, :into] = weight  # pyright: ignore[reportIndexIssue]
+    for norm, known in zip(net.norms, classifier.norms, strict=True):
+        for name, values in known.state_dict().items():
+            mine = norm.state_dict()[name]
+            mine[: len(values)].copy_(values) if values.ndim else mine.copy_(values)
+    kept, narrow = classifier.embed.weight.shape
+    net.embed.weight[:kept, narrow:] = 0.0
+    net.embed.weight[:kept, :narrow], net.embed.bias[:kept] = classifier.embed.weight, classifier.embed.bias
     net.garment.weight.zero_()
     net.garment.weight[:, :kept] = classifier.head.weight
     net.garment.bias.copy_(classifier.head.bias)
@@ -111,8 +122,11 @@ def train(args: argparse.Namespace) -> WorldNet:
     generator = torch.Generator().manual_seed(args.seed)
     renderer, net = (
         Renderer("train", args.data),
-        load_worldnet(args.init_from).train().requires_grad_(True) if args.init_from else started(WorldNet()),
+        load_worldnet(args.init_from).train().requires_grad_(True)
+        if args.init_from
+        else started(WorldNet(tuple(args.widths))),
     )
+    average = copy.deepcopy(net).eval().requires_grad_(False)
     net = net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.02)
     start, step, shown = time.process_time(), 0, 0.0
@@ -131,11 +145,18 @@ def train(args: argparse.Namespace) -> WorldNet:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        _follow(average, net, min(0.998, (1 + step) / (10 + step)))
         step, shown = step + 1, shown + loss.item()
         if step % 100 == 0:
             print(f"step {step}, {progress:.0%}, loss {shown / 100:.4f}", flush=True)
             shown = 0.0
-    return net.eval().requires_grad_(False)
+    return average
+
+
+@torch.no_grad()
+def _follow(average: WorldNet, net: WorldNet, decay: float) -> None:
+    for kept, new in zip(average.state_dict().values(), net.state_dict().values(), strict=True):
+        kept.lerp_(new, 1 - decay) if kept.is_floating_point() else kept.copy_(new)
 
 
 @torch.no_grad()
@@ -173,6 +194,7 @@ def main() -> None:
     parser.add_argument("--out", default="runs/fashion-world")
     parser.add_argument("--minutes", type=float, default=20, help="processor time per thread")
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--widths", type=int, nargs=3, default=[16, 32, 64], help="channels at the three scales")
     parser.add_argument("--init-from", default=None, help="folder of a network to train on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
