@@ -69,8 +69,11 @@ class Stream:
 
     def history(self, site: Site, occurrence: int) -> History:
         """The ring of a site, made on first use."""
-        fresh = History(self.how.anchors, self.how.retain, self.storage)
-        return self.histories.setdefault((site, occurrence), fresh)
+        history = self.histories.get((site, occurrence))
+        if history is None:
+            history = History(self.how.anchors, self.how.retain, self.storage)
+            self.histories[site, occurrence] = history
+        return history
 
     def newest_of(self, site: Site) -> Features:
         """The newest features kept of a site, () if there are none."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import comb, factorial
 from typing import ClassVar
 
@@ -190,4 +191,10 @@ class Forecast:
             site: where.
             call: the transformer call under way.
         """
-        return history.combine(self.weights(call.position.step, history.steps), base)
+        return history.combine(_weights_of(self, call.position.step, tuple(history.steps)), base)
+
+
+@lru_cache(maxsize=4096)
+def _weights_of(how: Forecast, step: int, anchors: tuple[int, ...]) -> list[float]:
+    # The sites of a call ask for the same weights, one after the other.
+    return how.weights(step, anchors)

@@ -100,18 +100,18 @@ class RunClock:
         if name in calls or len(calls) >= MAX_BRANCHES:
             return None
         calls.append(name)
-        order = self.order
+        order, begin, length = self.order, self.begin, len(self._scheduler.timesteps)
         step, stage = divmod(self.done, order)
         first = self._first_step.setdefault(model, step)
         return Position(
             step=step,
-            steps=self.steps,
+            steps=math.ceil((length - begin) / order),
             stage=stage,
             branch=name,
-            index=self.begin // order + step,
-            schedule_length=math.ceil(len(self._scheduler.timesteps) / order),
+            index=begin // order + step,
+            schedule_length=math.ceil(length / order),
             local_step=step - first,
-            timestep=self._timestep(self.begin + self.done),
+            timestep=self._timestep(begin + self.done),
         )
 
     def _timestep(self, entry: int) -> float:

@@ -74,6 +74,8 @@ def weighted_sum(
             total.addcmul_(tensor, row)
         return total
     numbers = list(weights)
+    if base is None and len(numbers) == 2 and abs(sum(numbers) - 1) < 1e-12:
+        return torch.lerp(tensors[1], first, numbers[0])  # one pass instead of two
     total = torch.mul(first, numbers[0]) if base is None else torch.add(base, first, alpha=numbers[0])
     for tensor, weight in zip(tensors[1:], numbers[1:], strict=True):
         total.add_(tensor, alpha=weight)
