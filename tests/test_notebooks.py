@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, with fewer solver steps than a reader would take."""
+"""Every notebook runs from top to bottom, with fewer solver steps and samples than a reader would take."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.i
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DITA_NOTEBOOK_STEPS", "12")
-    monkeypatch.setenv("DITA_NOTEBOOK_SAMPLES", "4")
+    monkeypatch.setenv("DITA_NOTEBOOK_SAMPLES", "2")
     monkeypatch.setenv("PYTHONPATH", str(path.parents[1]))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(path, as_version=4)

@@ -184,6 +184,6 @@ def test_the_pipelines_are_stock_and_small(script, kind, tmp_path):
     task = task_of(tmp_path)
     assert task == training.task
     loaded = load_pipeline(tmp_path)
-    drawn = draw(loaded, Sampling(1, 1, 2, 3.0, 0, task.prompts(1), task.call), range(1))
+    drawn = draw(loaded, Sampling(1, 1, 1, 1.0, 0, task.prompts(1), task.call), range(1))
     assert drawn.media.shape == ((1, 3, 32, 64) if kind is FluxPipeline else (1, 13, 3, 32, 32))
     assert drawn.latents is not None
