@@ -29,6 +29,7 @@ from dita.anatomy import Anatomy
 from dita.caching.base import check_number
 from dita.caching.engine import Recipe
 from dita.caching.policy import Guards, Verdict, View, relative_l1
+from dita.caching.storage import bytes_of
 from dita.caching.table import (
     CalibratedMethod,
     Measurement,
@@ -117,9 +118,13 @@ class EntryChange(TablePolicy):
         """Start anew."""
         self._sum = 0.0
 
+    def keeps(self, site: Site) -> tuple[int, int]:
+        """What the first attention reads at this step and at the last."""
+        return (0, 2 * int(site.kind == "entry"))
+
     def bytes_held(self) -> int:
         """Bytes of the inputs kept."""
-        return sum(t.numel() * t.element_size() for t in (self._now, self._last) if t is not None)
+        return bytes_of([self._now, self._last])
 
 
 class _Recorder(Recorder):
