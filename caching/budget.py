@@ -174,8 +174,7 @@ class BudgetHandler:
         """Look at the sizes before anything is kept."""
         key = (call.position.stream, site, occurrence)
         if key not in self._seen:
-            first = next((t for t in outputs if t is not None), None)
-            self._on_gpu = self._on_gpu or (first is not None and first.is_cuda)
+            self._on_gpu = self._on_gpu or _on_gpu(outputs)
             self._seen[key] = Seen(site, _sizes(inputs), _sizes(outputs))
             self._needed += self._counted(self._level, [self._seen[key]])
             self._news = True
@@ -242,6 +241,10 @@ class BudgetHandler:
     def bytes_held(self) -> int:
         """Bytes kept over all streams."""
         return self._now.bytes_held()
+
+
+def _on_gpu(features: Features) -> bool:
+    return any(t is not None and t.is_cuda for t in features)
 
 
 def _sizes(features: Features) -> Features:

@@ -116,11 +116,15 @@ class EntryChange(TablePolicy):
 
     def computed(self, view: View) -> None:
         """Start anew."""
-        self._sum = 0.0
+        self._sum, self._last = 0.0, None
+
+    def skipped(self, view: View) -> None:
+        """What the step before read has done its service."""
+        self._last = None
 
     def keeps(self, site: Site) -> tuple[int, int]:
-        """What the first attention reads at this step and at the last."""
-        return (0, 2 * int(site.kind == "entry"))
+        """What the first attention read at the last step."""
+        return (0, int(site.kind == "entry"))
 
     def bytes_held(self) -> int:
         """Bytes of the inputs kept."""
