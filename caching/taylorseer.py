@@ -110,12 +110,14 @@ class TaylorSeer(CachingMethod):
 
     @classmethod
     def ladder(cls) -> tuple[TaylorSeer, ...]:
-        """Modules at orders 1 and 2 and the lite form at order 2, all with a warm-up of 5.
+        """Modules at orders 1 and 2 and both lite forms at order 2, all with a warm-up of 5.
 
         The default warm-up of 3 leaves the two newest anchors one step apart where features change fastest, so that the
         first forecasts overshoot: on fashion-dit at interval 5 a warm-up of 5 was 9 dB better for two more steps.
         """
         modules = [cls(interval=n, order=1, warmup=5) for n in (2, 3, 4, 5, 6, 8)]
         modules += [cls(interval=n, order=2, warmup=5) for n in (3, 4, 5, 6)]
-        lite = [cls(interval=n, order=2, warmup=5, granularity="last-block") for n in (3, 4, 5, 7)]
+        lite = [
+            cls(interval=n, order=2, warmup=5, granularity=g) for g in ("last-block", "model") for n in (3, 4, 5, 7)
+        ]
         return (*modules, *lite)
