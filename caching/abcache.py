@@ -86,6 +86,10 @@ class ABCache(CachingMethod):
             keep="output",
         )
 
+    def coarser(self) -> ABCache | None:
+        """One point less."""
+        return self.replace(points=self.points - 1) if self.points > 1 else None
+
     @classmethod
     def disabled(cls) -> ABCache:
         """Every step computed."""

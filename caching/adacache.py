@@ -26,6 +26,7 @@ from dita.anatomy import Anatomy
 from dita.caching.base import CachingMethod, check_number, check_whole
 from dita.caching.engine import Recipe
 from dita.caching.policy import Policy, Verdict, View
+from dita.caching.storage import bytes_of
 from dita.errors import DitaError
 from dita.registry import register
 from dita.seams import Features, Site
@@ -88,9 +89,13 @@ class CodebookRate(Policy):
         self._motion = motion
         return motion + abs(gradient)
 
+    def keeps(self, site: Site) -> tuple[int, int]:
+        """The layer's output."""
+        return (0, int(site.kind == "module"))
+
     def bytes_held(self) -> int:
         """Bytes of the layer's output."""
-        return 0 if self._kept is None else self._kept.numel() * self._kept.element_size()
+        return bytes_of([self._kept])
 
 
 @register

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, ClassVar
 
 from dita.anatomy import Anatomy
+from dita.caching.budget import BudgetHandler, Form
 from dita.caching.engine import CacheHandler, Recipe, plan_sites
 from dita.caching.storage import Storage
 from dita.config import Method
 from dita.errors import DitaError
 from dita.seams import Handler, Site
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -20,15 +25,19 @@ class CachingMethod(Method):
     Attributes:
         keep_on: "device", or "host": features wait in pinned host memory, to which they travel while the model goes on.
         keep_as: "" as computed, "bf16" or "fp16": halves what float32 features take.
+        max_cache_bytes: most bytes held at a time, shared evenly by the pipeline's transformers; 0 for no limit. What
+            would hold more gives way, see `dita.caching.budget`, and the report says how.
     """
 
     keep_on: str = field(default="device", kw_only=True)
     keep_as: str = field(default="", kw_only=True)
+    max_cache_bytes: int = field(default=0, kw_only=True)
 
     claims: ClassVar[frozenset[str]] = frozenset({"which steps are reused"})
 
     def __post_init__(self) -> None:
         self.storage()
+        check_whole("max_cache_bytes", self.max_cache_bytes, 0)
         super().__post_init__()
 
     def storage(self) -> Storage:
@@ -39,13 +48,55 @@ class CachingMethod(Method):
         """The method on the engine's axes, for one model."""
         raise NotImplementedError(f"{type(self).__name__} must define recipe()")
 
+    def coarser(self) -> Self | None:
+        """The next setting that keeps less, for a memory budget; None if there is none.
+
+        A method with a setting `order` takes one anchor less; others override this.
+        """
+        order = getattr(self, "order", 0)
+        return self.replace(order=order - 1) if order > 0 else None
+
+    def forms(self, anatomy: Anatomy) -> Iterator[Form]:
+        """The ways to carry it out that a memory budget may choose from, this one first, on one model.
+
+        Raises:
+            DitaError: the model lacks what the method needs.
+        """
+        setting: Self | None = self
+        while setting is not None:
+            try:
+                handler = CacheHandler(setting.recipe(anatomy), anatomy, self.name, setting.storage())
+            except DitaError:
+                if setting is self:
+                    raise
+                handler = None  # the model lacks what this coarser setting needs; a still coarser one may do
+            half = setting.keep_as or "bf16"
+            options = ((setting.keep_on, setting.keep_as), (setting.keep_on, half), ("host", half))
+            for place, precision in dict.fromkeys(options if handler else ()):
+                changed = setting.replace(keep_on=place, keep_as=precision)
+                names = [f.name for f in fields(self) if getattr(changed, f.name) != getattr(self, f.name)]
+                label = " ".join(f"{name}={getattr(changed, name)}" for name in names)
+                assert handler is not None
+                yield Form(label or "as set", handler, Storage(place, precision))
+            setting = setting.coarser()
+
+    def among(self, count: int) -> Self:
+        """The same settings for one of `count` transformers of a pipeline, with its share of the budget."""
+        if not self.max_cache_bytes:
+            return self
+        return self.replace(max_cache_bytes=max(1, self.max_cache_bytes // count))
+
     def sites(self, anatomy: Anatomy) -> tuple[Site, ...]:
         """See `Method.sites`."""
+        if self.max_cache_bytes:
+            return self.handler(anatomy).sites
         reused, watched, probe = plan_sites(self.recipe(anatomy), anatomy, self.name)
         return (*(() if probe is None else (probe,)), *reused, *watched)
 
     def handler(self, anatomy: Anatomy) -> Handler:
         """See `Method.handler`."""
+        if self.max_cache_bytes:
+            return BudgetHandler(tuple(self.forms(anatomy)), self.name, self.max_cache_bytes)
         return CacheHandler(self.recipe(anatomy), anatomy, self.name, self.storage())
 
 

@@ -70,6 +70,10 @@ class ForecastGate(Policy):
         """Forget the probe."""
         self._now = None
 
+    def keeps(self, site: Site) -> tuple[int, int]:
+        """The probe's anchors."""
+        return (0, self.how.anchors if site.first == 0 else 0)
+
     def bytes_held(self) -> int:
         """Bytes of the probe's anchors."""
         return self._history.bytes_held()

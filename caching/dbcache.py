@@ -24,7 +24,9 @@ from dita.caching.base import CachingMethod, check_number, check_whole
 from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast
 from dita.caching.policy import Guards, Policy, Verdict, View, relative_l1
+from dita.caching.storage import bytes_of
 from dita.registry import register
+from dita.seams import Site
 
 _CITATION = """@misc{%s,
   title={%s},
@@ -58,9 +60,13 @@ class ProbeGate(Policy):
         if view.probe is not None:
             self._anchor = view.probe.clone()
 
+    def keeps(self, site: Site) -> tuple[int, int]:
+        """The probe's residual."""
+        return (0, int(site.first == 0))
+
     def bytes_held(self) -> int:
         """Bytes of the kept probe."""
-        return 0 if self._anchor is None else self._anchor.numel() * self._anchor.element_size()
+        return bytes_of([self._anchor])
 
 
 @register

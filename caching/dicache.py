@@ -26,6 +26,7 @@ from dita.caching.base import CachingMethod, check_number, check_whole
 from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast
 from dita.caching.policy import Policy, Verdict, View, relative_l1
+from dita.caching.storage import bytes_of
 from dita.registry import register
 from dita.seams import Features, Site
 
@@ -89,10 +90,13 @@ class OnlineProbe(Policy):
         """The next step is compared with this one."""
         self._last, self._now = self._now, None
 
+    def keeps(self, site: Site) -> tuple[int, int]:
+        """The probe's last input and output, and two of its residuals."""
+        return (1, 3) if site.first == 0 else (0, 0)
+
     def bytes_held(self) -> int:
         """Bytes of the probe's tensors."""
-        kept = [*(self._last or ()), *self._anchors]
-        return sum(t.numel() * t.element_size() for t in kept)
+        return bytes_of([*(self._last or ()), *self._anchors])
 
 
 @register

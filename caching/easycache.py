@@ -25,6 +25,7 @@ from dita.anatomy import Anatomy
 from dita.caching.base import CachingMethod, check_number, check_whole
 from dita.caching.engine import Recipe
 from dita.caching.policy import Guards, Policy, Verdict, View
+from dita.caching.storage import bytes_of
 from dita.registry import register
 from dita.seams import Features, Site
 
@@ -78,10 +79,13 @@ class LatentChange(Policy):
         """Remember the latents."""
         self.computed(view)
 
+    def keeps(self, site: Site) -> tuple[int, int]:
+        """Latents of the last step and of the last computed one, and the latter's output."""
+        return (2, 1)
+
     def bytes_held(self) -> int:
         """Bytes of the latents and the output kept."""
-        kept = [self._latents, *(self._computed or ())]
-        return sum(t.numel() * t.element_size() for t in kept if t is not None)
+        return bytes_of([self._latents, *(self._computed or ())])
 
 
 @register

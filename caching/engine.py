@@ -11,7 +11,7 @@ from dita.anatomy import Anatomy
 from dita.caching.forecast import Forecast
 from dita.caching.history import History
 from dita.caching.policy import Guards, Policy, Verdict, View, relative_l1
-from dita.caching.storage import Storage
+from dita.caching.storage import Storage, bytes_of
 from dita.errors import DitaError
 from dita.seams import Call, Features, Site
 
@@ -83,7 +83,7 @@ class Stream:
     def bytes_held(self) -> int:
         """Bytes of all tensors kept."""
         rings = sum(history.bytes_held() for history in self.histories.values())
-        return rings + sum(t.numel() * t.element_size() for t in self.watched.values()) + self.policy.bytes_held()
+        return rings + bytes_of(self.watched.values()) + self.policy.bytes_held()
 
 
 def plan_sites(recipe: Recipe, anatomy: Anatomy, method: str) -> tuple[tuple[Site, ...], tuple[Site, ...], Site | None]:
@@ -129,7 +129,8 @@ class CacheHandler:
         self.sites: tuple[Site, ...] = tuple(dict.fromkeys((*probe, *self.reused, *self.watched, *verified)))
         self._reused, self._watched = frozenset(self.reused), frozenset(self.watched)
         self._residual = recipe.keep == "residual" and recipe.what in ("trunk", "span", "model")
-        self._measures_residual = recipe.when().wants_residual and recipe.what in ("trunk", "span")
+        self.indicator = recipe.when()
+        self._measures_residual = self.indicator.wants_residual and recipe.what in ("trunk", "span")
         self._whole = len(set[int | Site]().union(*map(_units, self.reused)))
         self._streams: dict[tuple[str, int], Stream] = {}
         self._leader: tuple[tuple[int, int], Verdict] | None = None
@@ -244,6 +245,35 @@ class CacheHandler:
         """The text stream is left out: by the recipe, or because it ends with the blocks and nothing reads it."""
         unused = site.ends and not self.anatomy.text_used_after
         return site.kind == "span" and (unused or not self.recipe.text)
+
+    def expects(self, site: Site, inputs: Features, outputs: Features) -> tuple[Features, Features]:
+        """What comes to be kept because of a site, were all anchors there: tensors of the sizes given, repeated.
+
+        Args:
+            site: a site that the method reuses, watches or probes; of another nothing is kept.
+            inputs, outputs: that passed through it in one call; tensors on the meta device will do.
+
+        Returns:
+            features in the anchors, as they were computed, and tensors kept for indicators.
+        """
+        if site not in self.sites:
+            return (), ()
+        anchors: Features = ()
+        if site in self._reused:
+            features = (outputs[0], None) if self._keeps_ends(site) else outputs
+            anchors = (*features, *inputs) if self.recipe.keep == "pair" else features
+        watched = site in self._watched and self.indicator.watch_blocks
+        asked = site == self.probe or site in self._watched or site in self._reused
+        ins, outs = self.indicator.keeps(site) if asked else (0, 0)
+        return anchors * self.recipe.how.anchors, (*inputs[:1] * ins, *outputs[:1] * (outs + watched))
+
+    def move(self, storage: Storage) -> None:
+        """Keep what is kept, and what comes, in another way."""
+        self.storage = storage
+        for stream in self._streams.values():
+            stream.storage = storage
+            for history in stream.histories.values():
+                history.move(storage)
 
     def _watch(self, stream: Stream, site: Site, output: torch.Tensor | None) -> None:
         if output is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dita.caching.storage import Storage
+from dita.caching.storage import Storage, bytes_of
 from dita.kernels.weighted_sum import weighted_sum
 from dita.seams import Features
 
@@ -92,6 +92,12 @@ class History:
             results.append(weighted_sum(tensors, weights, start) if tensors else start)
         return tuple(results)
 
+    def move(self, storage: Storage) -> None:
+        """Keep the entries, and later ones, in another way."""
+        for entry in self._entries:
+            entry.features = storage.put(self._storage.get(entry.features, None), ())
+        self._storage = storage
+
     def bytes_held(self) -> int:
         """Bytes of the tensors kept."""
-        return sum(t.numel() * t.element_size() for entry in self._entries for t in entry.features if t is not None)
+        return bytes_of(t for entry in self._entries for t in entry.features)

@@ -104,6 +104,13 @@ class Policy:
     def skipped(self, view: View) -> None:
         """The step was skipped."""
 
+    def keeps(self, site: Site) -> tuple[int, int]:
+        """How many tensors of the size of a site's first input and of its first output are kept for indicators.
+
+        It tells beforehand what `bytes_held` comes to, and is asked about the probe, reused and watched sites.
+        """
+        return (0, 0)
+
     def bytes_held(self) -> int:
         """Bytes of tensors kept for indicators."""
         return 0

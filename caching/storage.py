@@ -6,6 +6,7 @@ arXiv 2510.05367) swaps cached features to host memory while the next step runs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,16 @@ from dita.seams import Features
 
 PLACES = ("device", "host")
 PRECISIONS: dict[str, torch.dtype | None] = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def bytes_of(tensors: Iterable[torch.Tensor | None]) -> int:
+    """Bytes of the elements of tensors; None counts nothing.
+
+    Example:
+        >>> bytes_of([torch.ones(3, 2), None, torch.ones(2, dtype=torch.bfloat16)])
+        28
+    """
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 @dataclass(frozen=True)
@@ -62,12 +73,21 @@ class Storage:
             torch.cuda.current_stream(like[1]).wait_stream(side_stream(like[1]))
         return tuple(None if t is None else t.to(like[1], like[0], non_blocking=True) for t in kept)
 
+    def dtype_of(self, feature: torch.Tensor) -> torch.dtype:
+        """The dtype in which a feature is kept.
+
+        Example:
+            >>> Storage(precision="fp16").dtype_of(torch.ones(2)), Storage().dtype_of(torch.ones(2))
+            (torch.float16, torch.float32)
+        """
+        wanted = PRECISIONS[self.precision]
+        shrinks = wanted is not None and feature.is_floating_point() and feature.element_size() > wanted.itemsize
+        return wanted if wanted is not None and shrinks else feature.dtype
+
     def _put(self, new: torch.Tensor | None, room: torch.Tensor | None) -> torch.Tensor | None:
         if new is None:
             return None
-        wanted = PRECISIONS[self.precision]
-        shrinks = wanted is not None and new.is_floating_point() and new.element_size() > 2
-        dtype = wanted if shrinks else new.dtype
+        dtype = self.dtype_of(new)
         away = self.place == "host" and new.is_cuda
         device = torch.device("cpu") if away else new.device
         fits = room is not None and room.shape == new.shape and room.dtype == dtype and room.device == device

@@ -29,6 +29,7 @@ from dita.anatomy import Anatomy
 from dita.caching.base import check_number
 from dita.caching.engine import Recipe
 from dita.caching.policy import Guards, Verdict, View, relative_l1
+from dita.caching.storage import bytes_of
 from dita.caching.table import (
     CalibratedMethod,
     Measurement,
@@ -115,11 +116,19 @@ class EntryChange(TablePolicy):
 
     def computed(self, view: View) -> None:
         """Start anew."""
-        self._sum = 0.0
+        self._sum, self._last = 0.0, None
+
+    def skipped(self, view: View) -> None:
+        """What the step before read has done its service."""
+        self._last = None
+
+    def keeps(self, site: Site) -> tuple[int, int]:
+        """What the first attention read at the last step."""
+        return (0, int(site.kind == "entry"))
 
     def bytes_held(self) -> int:
         """Bytes of the inputs kept."""
-        return sum(t.numel() * t.element_size() for t in (self._now, self._last) if t is not None)
+        return bytes_of([self._now, self._last])
 
 
 class _Recorder(Recorder):

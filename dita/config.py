@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dita.errors import DitaError
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from dita.anatomy import Anatomy
     from dita.seams import Handler, Site
 
@@ -99,7 +101,11 @@ class Method:
                 parts.append(f"{field.name}={value:g}" if isinstance(value, float) else f"{field.name}={value}")
         return " ".join(parts) or "default"
 
-    def replace(self, **changes: Any) -> Method:
+    def among(self, count: int) -> Self:
+        """The settings for one of a pipeline's `count` transformers; for most methods the same."""
+        return self
+
+    def replace(self, **changes: Any) -> Self:
         """A copy with other settings, validated."""
         return type(self)(**{**settings(self), **_known(type(self), changes)})
 

@@ -17,6 +17,19 @@ _COLOUR = {"computed": "#1f77b4", "partial": "#9ecae1", "reused": "#d9d9d9", "fo
 KEPT_RUNS = 20
 
 
+def in_bytes(count: int) -> str:
+    """A number of bytes in words.
+
+    Example:
+        >>> in_bytes(1000), in_bytes(3 * 2**19), in_bytes(5 * 2**40)
+        ('1000 B', '1.50 MiB', '5120.00 GiB')
+    """
+    if count < 2**10:
+        return f"{count} B"
+    scale, unit = (2**10, "KiB") if count < 2**20 else (2**20, "MiB") if count < 2**30 else (2**30, "GiB")
+    return f"{count / scale:.2f} {unit}"
+
+
 @dataclass
 class StepRecord:
     """One transformer call.
@@ -50,9 +63,10 @@ class RunReport:
         methods: what was attached, with settings.
         steps: solver steps executed.
         records: one per transformer call, in order.
-        peak_cache_bytes: most bytes of tensors kept between calls.
+        peak_cache_bytes: most bytes of tensors kept between calls, over all transformers.
         finished: the last step returned.
         note: why calls were left alone, if some were.
+        memory: transformer -> what a memory budget made of the method, with the bytes needed.
     """
 
     methods: tuple[str, ...]
@@ -61,13 +75,18 @@ class RunReport:
     peak_cache_bytes: int = 0
     finished: bool = False
     note: str = ""
+    memory: dict[str, str] = field(default_factory=dict)
     _timers: list[Timer] = field(default_factory=list, repr=False)
+    _held: dict[str, int] = field(default_factory=dict, repr=False)
 
-    def add(self, record: StepRecord, timer: Timer, cache_bytes: int) -> None:
-        """Append one call."""
+    def add(self, record: StepRecord, timer: Timer, cache_bytes: int, memory: str = "") -> None:
+        """Append one call, after which its transformer's methods hold `cache_bytes`."""
         self.records.append(record)
         self._timers.append(timer)
-        self.peak_cache_bytes = max(self.peak_cache_bytes, cache_bytes)
+        self._held[record.model] = cache_bytes
+        self.peak_cache_bytes = max(self.peak_cache_bytes, sum(self._held.values()))
+        if memory:
+            self.memory[record.model] = memory
 
     def settle(self) -> RunReport:
         """Read the timers and give unnamed branches their names; safe to call at any time, more than once."""
@@ -127,9 +146,13 @@ class RunReport:
             label = f"{label} (stage {stage})" if stage else label
             marks = "".join(_MARK[r.action] for r in records)
             lines.append(f"  {label:<12} {marks}  {sum(r.action == 'computed' for r in records)} of {len(records)}")
+        lines += [f"  {line}" for line in self._budgets()]
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _budgets(self) -> list[str]:
+        return [f"{model}: {what}" if len(self.memory) > 1 else what for model, what in self.memory.items()]
 
     def details(self) -> str:
         """One line per transformer call: step, branch, action, indicator, milliseconds and the reason.
@@ -172,7 +195,8 @@ class RunReport:
             name = html.escape(f"{model} {branch}" + (f" stage {stage}" if stage else ""))
             rows.append(f'<tr><th style="text-align:right;font-weight:normal">{name}</th>{cells}</tr>')
         legend = " ".join(f'<span style="background:{c};padding:0 6px">{a}</span>' for a, c in _COLOUR.items())
-        return f"<div><p>{html.escape(self._headline())}</p><table>{''.join(rows)}</table><p>{legend}</p></div>"
+        head = "<br>".join(map(html.escape, (self._headline(), *self._budgets())))
+        return f"<div><p>{head}</p><table>{''.join(rows)}</table><p>{legend}</p></div>"
 
 
 @dataclass(repr=False)

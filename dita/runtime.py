@@ -172,6 +172,7 @@ class ModelRuntime:
             StepRecord(position.step, position.stage, position.branch, call.action, call.value, call.reason, self.name),
             timer,
             self.bytes_held(),
+            call.note,
         )
         return result
 

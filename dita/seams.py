@@ -81,6 +81,7 @@ class Call:
         grid: frames, rows and columns of image tokens, () where the model does not tell.
         latents: what the transformer denoises, as it was called with it.
         action, value, reason: what was done, as in `dita.reporting.StepRecord`.
+        note: what the run's report is to say about memory, "" for nothing new.
     """
 
     position: Position
@@ -91,6 +92,7 @@ class Call:
     action: str = "computed"
     value: float | None = None
     reason: str = ""
+    note: str = ""
 
 
 class Handler(Protocol):

@@ -30,8 +30,9 @@ class Session:
         self.labels = tuple(f"{m.name}({m.label()})" for m in methods)
         self.clock = RunClock(lambda: pipe.scheduler, self._run_started, self._run_finished)
         self.runs: list[RunReport] = []
+        shares = [m.among(len(anatomies)) for m in methods]
         self.runtimes = [
-            ModelRuntime(number, name, anatomy, [m.handler(anatomy) for m in methods], self.clock, self._current)
+            ModelRuntime(number, name, anatomy, [m.handler(anatomy) for m in shares], self.clock, self._current)
             for number, (name, anatomy) in enumerate(anatomies.items())
         ]
         self._disabled = all(m == type(m).disabled() for m in methods)

@@ -31,6 +31,7 @@ from dita.caching import (
 from dita.caching.policy import Verdict, View
 from dita.caching.smoothcache import greedy_schedule
 from dita.caching.speca import Speculation
+from dita.errors import DitaError
 from dita.seams import Position
 
 Key = tuple[int, str]
@@ -218,6 +219,39 @@ def test_hyca_is_taylor_where_one_solver_serves_all() -> None:
         outputs.append(call(accelerated))
     assert not torch.equal(outputs[0], taylor)
     torch.testing.assert_close(outputs[1], taylor, rtol=1e-4, atol=1e-5)
+
+
+def test_hyca_by_drift_takes_the_least_sum_of_errors_on_its_own_schedule() -> None:
+    """The choice for one module, from its outputs in a plain run, written out; the run then skips what was judged."""
+    from dita.caching.hyca import SOLVERS, scheduled, solver_weights
+
+    tiny, interval, warmup = TINY["dit"], 4, 3
+    call = lambda p: tiny.call(p, steps=STEPS)  # noqa: E731
+    pipe = tiny.build()
+    config = HyCa(interval=interval, warmup=warmup, criterion="drift", clusters=1).calibrated(pipe, call)
+    block, outputs = pipe.transformer.transformer_blocks[2], []
+    hook = block.ff.register_forward_hook(lambda module, inputs, output: outputs.append(output.double()))
+    call(pipe)
+    hook.remove()
+    cases = scheduled(STEPS, interval, warmup)
+    drifts = []
+    for solver in SOLVERS:
+        total = torch.zeros_like(outputs[0])
+        for anchors, step in cases:
+            weights = solver_weights(solver, step - anchors[0], anchors)
+            total += sum(w * outputs[a] for w, a in zip(weights, anchors, strict=True)) - outputs[step]
+        drifts.append(total.square().sum().item())
+    assert config.table is not None
+    chosen = set(config.table.values["transformer_blocks.2.ff, 0"])
+    assert len(chosen) == 1 and drifts[chosen.pop()] <= min(drifts) * (1 + 1e-4)
+    dita.accelerate_pipeline(pipe, config)
+    call(pipe)
+    skipped = [r.step for r in dita.report(pipe).last.records if r.action == "forecast"]
+    assert skipped == [step for _, step in cases]
+    with pytest.raises(DitaError, match="skips none at interval 40"):
+        HyCa(interval=40, warmup=STEPS, criterion="drift").calibrated(tiny.build(), call)
+    with pytest.raises(DitaError, match="'error' or 'drift'"):
+        HyCa(criterion="bias")
 
 
 class ModelByHand:

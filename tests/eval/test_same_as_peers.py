@@ -1,14 +1,15 @@
 """Our version of a method against another library's, at the same settings on the same tiny pipeline.
 
-One sample a batch, because theirs average their indicators over the batch and ours do not. Where no test stands
-here, the two differ on purpose: diffusers' TaylorSeer begins its intervals one step early ({0, 1, 2, 4, 9, ...} for
-interval 5 and warm-up 3, where the paper has {0, 1, 2, 7, 12, ...}) and its FasterCache keeps extrapolated outputs
-as anchors, which the authors' code does not; cache-dit's FoCa does not divide slopes by the gap between computed
-steps, as the paper does.
+One sample a batch, because theirs average their indicators over the batch and ours do not. Where no test stands here,
+the two differ on purpose: diffusers' TaylorSeer begins its intervals early ({0, 1, 2, 4, 9, ...} for interval 5 and
+warm-up 3, where the paper has {0, 1, 2, 7, 12, ...}), which is the same at interval 2 alone; and its FasterCache keeps
+extrapolated outputs as anchors, which the authors' code does not; cache-dit's FoCa does not divide slopes by the gap
+between computed steps, as the paper does.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ import torch
 from pipelines import TINY
 
 import dita
-from dita.caching import PAB, DBCache, FirstBlockCache, MagCache, MagnitudeTable
+from dita.caching import PAB, DBCache, FirstBlockCache, MagCache, MagnitudeTable, TaylorSeer
+from dita.caching.policy import Policy, Verdict, View
 from dita.errors import DitaError
-from dita.eval.peers import Counter, cache_dit, diffusers_attention, diffusers_hooks
+from dita.eval.peers import Counter, cache_dit, diffusers_attention, diffusers_hooks, diffusers_taylorseer
 from dita.eval.peers.base import Peer
 
 STEPS = 16
@@ -84,3 +86,32 @@ def test_dbcache_with_taylor_is_cache_dits(tiny: str, order: int, warmup: int) -
     """cache-dit numbers a run's steps from -1 and takes no slope before its step 2, so order 2 wants one step more."""
     peer = cache_dit.DBCacheTaylor(1, 0.2, 0, warmup=warmup, most=3, order=order)
     assert_same(DBCache(fn=1, threshold=0.2, warmup=warmup, max_consecutive=3, order=order), peer, tiny)
+
+
+@pytest.mark.parametrize("tiny", ["dit", "flux", "wan"])
+@pytest.mark.parametrize(("order", "warmup"), [(0, 3), (1, 3), (2, 2)])
+def test_taylorseer_on_the_models_output_is_diffusers_lite(tiny: str, order: int, warmup: int) -> None:
+    """At interval 2, where the schedules agree. At order 2 ours leaves out the first of three warm-up steps."""
+    mine = TaylorSeer(interval=2, order=order, warmup=warmup, granularity="model")
+    assert_same(mine, diffusers_taylorseer.TaylorSeerLite(2, order=order, warmup=warmup), tiny)
+
+
+class _Theirs(Policy):
+    def decide(self, view: View) -> Verdict:
+        step = view.position.step
+        return Verdict(step < 3 or (step - 3 - 1) % 5 == 0, "as diffusers")
+
+
+@dataclass(frozen=True)
+class _Shifted(TaylorSeer):
+    """Attributes: as TaylorSeer's, on diffusers' schedule of interval 5 and warm-up 3."""
+
+    def recipe(self, anatomy: Any) -> Any:
+        return replace(super().recipe(anatomy), when=_Theirs, oldest_anchor=0)
+
+
+@pytest.mark.parametrize("tiny", ["dit", "flux"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_taylorseers_forecast_is_diffusers_on_diffusers_schedule(tiny: str, order: int) -> None:
+    mine = _Shifted(order=order, granularity="model")
+    assert_same(mine, diffusers_taylorseer.TaylorSeerLite(5, order=order, warmup=3), tiny)
