@@ -293,14 +293,16 @@ class TokenWise(Policy):
         depth = self.layout.depths[site.block]
         share = token_share(self.settings.ratio, spread, place.step, place.steps, depth, beside)
         count = int(share * tokens + 1e-6)
-        scores = self._scores_of(site, tokens, math.prod(view.grid) if view.grid else 0) if count else None
+        scores = self._scores_of(site, tokens, math.prod(view.grid) if view.grid else 0)
         if scores is None:
             return None
         scores = torch.nn.functional.normalize(scores, dim=1)
         stale = self._stale.setdefault(site, torch.zeros_like(scores))
-        scores = scores + self.settings.staleness * stale / self.settings.interval
-        fresh = Fresh(choose(self._with_bonus(scores, site, view.grid), count))
+        ranked = scores + self.settings.staleness * stale / self.settings.interval
         stale += 1
+        if not count:
+            return None
+        fresh = Fresh(choose(self._with_bonus(ranked, site, view.grid), count))
         stale.scatter_(1, fresh.index, 0)
         return fresh
 

@@ -194,12 +194,12 @@ def draw_per_cluster(labels: torch.Tensor, count: int, seed: int) -> torch.Tenso
     state is left alone.
 
     Args:
-        labels: [B, N], from 0 to K - 1; tokens of label -1 are never drawn, unless for a cluster without tokens.
+        labels: [B, N], from 0 to K - 1; tokens of label -1 are never drawn.
         count: K.
         seed: of the draw.
 
     Returns:
-        int64 [B, K]; for a cluster without tokens the first token.
+        int64 [B, K]; a cluster without tokens gets one that another cluster has drawn.
 
     Example:
         >>> draw_per_cluster(torch.tensor([[1, 0, 1, 1]]), 2, seed=0)[0, 0]
@@ -210,7 +210,10 @@ def draw_per_cluster(labels: torch.Tensor, count: int, seed: int) -> torch.Tenso
     """
     weights = torch.rand(labels.shape[1], generator=torch.Generator().manual_seed(seed)).to(labels.device)
     members = labels[:, None] == torch.arange(count, device=labels.device)[None, :, None]
-    return torch.where(members, weights, -1.0).argmax(-1)
+    drawn = torch.where(members, weights, -1.0).argmax(-1)
+    # The token of the largest number of all is the one that its cluster draws.
+    spare = torch.where(labels >= 0, weights, -1.0).argmax(-1, keepdim=True)
+    return torch.where(members.any(-1), drawn, spare)
 
 
 def spread_to_clusters(
