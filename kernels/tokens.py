@@ -54,7 +54,8 @@ def gather_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
                  [0., 1.]]])
     """
     _check(tokens, index)
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
+    # Whole rows are moved: torch.gather would look up every element.
+    return tokens[_samples(index), index]
 
 
 def scatter_tokens(tokens: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -86,7 +87,11 @@ def put_tokens(tokens: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) ->
     _check(tokens, index)
     if rows.shape != (*index.shape, tokens.shape[2]):
         raise DitaError(f"expected rows {(*index.shape, tokens.shape[2])}, got {tuple(rows.shape)}")
-    return tokens.scatter_(1, index[..., None].expand_as(rows), rows.to(tokens.dtype))
+    return tokens.index_put_((_samples(index), index), rows.to(tokens.dtype))
+
+
+def _samples(index: torch.Tensor) -> torch.Tensor:
+    return torch.arange(len(index), device=index.device)[:, None]
 
 
 def _check(tokens: torch.Tensor, index: torch.Tensor) -> None:
@@ -176,15 +181,14 @@ def cluster_means(rows: torch.Tensor, labels: torch.Tensor, otherwise: torch.Ten
         >>> cluster_means(torch.tensor([[[1.0], [3.0]]]), torch.tensor([[1, 1]]), torch.zeros(1, 2, 1)).flatten()
         tensor([0., 2.])
     """
-    count = otherwise.shape[1]
-    # One cluster more takes what belongs to none.
-    target = labels.where(labels >= 0, count)
-    sums = torch.zeros(len(rows), count + 1, rows.shape[2], dtype=torch.float32, device=rows.device)
-    sums.scatter_add_(1, target[..., None].expand_as(rows), rows.float())
-    sizes = torch.zeros(len(rows), count + 1, 1, device=rows.device)
-    sizes.scatter_add_(1, target[..., None], torch.ones_like(target, dtype=torch.float32)[..., None])
-    sums, sizes = sums[:, :count], sizes[:, :count]
-    return torch.where(sizes > 0, sums / sizes.clamp_min(1), otherwise.float()).to(otherwise.dtype)
+    # A product with the membership matrix is the same from run to run on a GPU, where scattered sums are not.
+    members = _members(labels, otherwise.shape[1]).float()
+    sizes = members.sum(-1, keepdim=True)
+    return torch.where(sizes > 0, members @ rows.float() / sizes.clamp_min(1), otherwise.float()).to(otherwise.dtype)
+
+
+def _members(labels: torch.Tensor, count: int) -> torch.Tensor:
+    return labels[:, None] == torch.arange(count, device=labels.device)[None, :, None]
 
 
 def draw_per_cluster(labels: torch.Tensor, count: int, seed: int) -> torch.Tensor:
@@ -209,7 +213,7 @@ def draw_per_cluster(labels: torch.Tensor, count: int, seed: int) -> torch.Tenso
         True
     """
     weights = torch.rand(labels.shape[1], generator=torch.Generator().manual_seed(seed)).to(labels.device)
-    members = labels[:, None] == torch.arange(count, device=labels.device)[None, :, None]
+    members = _members(labels, count)
     drawn = torch.where(members, weights, -1.0).argmax(-1)
     # The token of the largest number of all is the one that its cluster draws.
     spare = torch.where(labels >= 0, weights, -1.0).argmax(-1, keepdim=True)
@@ -236,8 +240,10 @@ def spread_to_clusters(
         >>> spread_to_clusters(x, torch.tensor([[1]]), torch.tensor([[0, 0, 1]]), 2, 0.5).flatten()
         tensor([2., 4., 8.])
     """
-    absent = torch.full((len(tokens), clusters, tokens.shape[2]), math.nan, device=tokens.device)
-    means = cluster_means(gather_tokens(tokens, index), labels.gather(1, index), absent)
-    target = gather_tokens(means, labels.clamp_min(0))
-    stays = (labels < 0)[..., None] | target.isnan()
-    return torch.where(stays, tokens, tokens.float().lerp(target, share).to(tokens.dtype))
+    chosen = labels.gather(1, index)
+    nothing = torch.zeros(len(tokens), clusters, tokens.shape[2], device=tokens.device)
+    means = cluster_means(gather_tokens(tokens, index), chosen, nothing)
+    known = _members(chosen, clusters).any(-1)
+    places = labels.clamp_min(0)
+    shares = share * (known.gather(1, places) & (labels >= 0)).float()
+    return tokens.float().lerp(gather_tokens(means, places), shares[..., None]).to(tokens.dtype)
