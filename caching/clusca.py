@@ -13,9 +13,9 @@ from that D_0. The next computed step's D_1 is measured from it too.
 Published: FLUX 16 clusters, share 0.005, interval 5, order 1 or 2, warm-up 3; HunyuanVideo 32 and 0.01; DiT-XL 16,
 warm-up 2, up to 100 iterations. As in the code for FLUX, text tokens have clusters of their own and a share of 0, and
 blocks in which attention and MLP run side by side are forecast only. Differences: the first centroids are different
-tokens, a cluster that lost its tokens keeps its centroid (in their code it becomes 0), several representatives of a
-cluster are averaged, and all samples of a batch draw by the same random numbers. Where an MLP reads text and image as
-one (CogVideoX), only image tokens are drawn.
+tokens, a cluster that lost its tokens keeps its centroid (in their code it becomes 0 and draws the first token), and
+all samples of a batch draw by the same random numbers. Where an MLP reads text and image as one (CogVideoX), only image
+tokens are drawn.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Clusters(FixedInterval):
         centroids = self._centroids[site.text]
         assert centroids is not None
         index = draw_per_cluster(labels, centroids.shape[1], seed)
-        return Fresh(index, labels, centroids.shape[1], 0.0 if site.text else self.share)
+        return Fresh(index, labels, 0.0 if site.text else self.share)
 
     def _among_text(self, labels: torch.Tensor, site: Site, tokens: int) -> torch.Tensor:
         """Labels of text and image tokens, -1 for text."""

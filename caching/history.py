@@ -82,7 +82,7 @@ class History:
             if kept is not None and new is not None:
                 kept = put_tokens(kept, fresh.index, new)
                 if fresh.labels is not None and fresh.share:
-                    kept = spread_to_clusters(kept, fresh.index, fresh.labels, fresh.clusters, fresh.share)
+                    kept = spread_to_clusters(kept, fresh.index, fresh.labels, fresh.share)
             updated.append(kept)
         if any(new is not old for new, old in zip(updated, entry.features, strict=True)):
             entry.features = self._storage.put(tuple(updated), entry.features)

@@ -220,7 +220,7 @@ class TokenWise(Policy):
         self.settings, self.layout = settings, layout
         self._parts: dict[int, list[torch.Tensor]] = {}
         self._scores: dict[int, torch.Tensor] = {}
-        self._stale: dict[Site, torch.Tensor] = {}
+        self._aged: dict[Site, tuple[torch.Tensor, torch.Tensor]] = {}
         self._chosen: dict[tuple[int, int], Fresh | None] = {}
         self._halves: bool | None = None
 
@@ -254,7 +254,7 @@ class TokenWise(Policy):
         if self.settings.score == "value":
             parts.append(seen.value_lack(self.layout.cross and self._guided(view, len(seen.q))))
         elif site.role == "cross-attention":
-            parts.append(seen.row_entropy(self._guided(view, len(seen.q))))
+            parts.append(1 + seen.row_entropy(self._guided(view, len(seen.q))))
         else:
             parts.append(seen.column_mass())
 
@@ -270,7 +270,7 @@ class TokenWise(Policy):
         """Everything is fresh; the new scores replace the old."""
         self._scores |= {block: joined(parts) for block, parts in self._parts.items()}
         self._parts.clear()
-        self._stale.clear()
+        self._aged.clear()
         self._halves = None
 
     def _picker(self, view: View) -> Callable[[Site, tuple[int, ...]], Fresh | None]:
@@ -296,15 +296,16 @@ class TokenWise(Policy):
         scores = self._scores_of(site, tokens, math.prod(view.grid) if view.grid else 0)
         if scores is None:
             return None
-        scores = torch.nn.functional.normalize(scores, dim=1)
-        stale = self._stale.setdefault(site, torch.zeros_like(scores))
-        ranked = scores + self.settings.staleness * stale / self.settings.interval
-        stale += 1
-        if not count:
+        if site not in self._aged:
+            fresh_scores = torch.nn.functional.normalize(scores, dim=1)
+            self._aged[site] = (fresh_scores, fresh_scores.clone())
+        young, aged = self._aged[site]
+        index = choose(self._with_bonus(aged, site, view.grid), count) if count else None
+        aged += self.settings.staleness / self.settings.interval
+        if index is None:
             return None
-        fresh = Fresh(choose(self._with_bonus(ranked, site, view.grid), count))
-        stale.scatter_(1, fresh.index, 0)
-        return fresh
+        aged.scatter_(1, index, young.gather(1, index))
+        return Fresh(index)
 
     def _scores_of(self, site: Site, tokens: int, image: int) -> torch.Tensor | None:
         """The scores of the tokens that a module reads, of those that the attention saw."""
@@ -335,8 +336,8 @@ class TokenWise(Policy):
         return torch.cat([scores[:, :start], better, scores[:, start + image :]], 1)
 
     def bytes_held(self) -> int:
-        """Scores and staleness."""
-        tensors = [*self._scores.values(), *self._stale.values()]
+        """Scores, as they were and with what age adds."""
+        tensors = [*self._scores.values(), *(tensor for pair in self._aged.values() for tensor in pair)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
 

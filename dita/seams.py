@@ -103,14 +103,12 @@ class Fresh:
 
     Attributes:
         index: [B, K], int64.
-        labels: [B, N] clusters of all tokens, from 0 up, -1 for none; None where there are no clusters.
-        clusters: how many.
-        share: by how much every kept token moves towards the fresh ones of its cluster, from 0 to 1.
+        labels: [B, N] clusters of all tokens, -1 for none: `index[:, c]` stands for cluster c; None without clusters.
+        share: by how much every kept token moves towards the fresh one of its cluster, from 0 to 1.
     """
 
     index: torch.Tensor
     labels: torch.Tensor | None = None
-    clusters: int = 0
     share: float = 0.0
 
 

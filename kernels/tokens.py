@@ -5,7 +5,6 @@ Plain PyTorch. Tokens are rows of [B, N, C]; a choice is an index [B, K], int64,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -125,14 +124,11 @@ def cell_bonus(scores: torch.Tensor, grid: Sequence[int], bonus: float, cell: in
     frames, rows, columns = (1, *grid) if len(grid) == 2 else grid
     if scores.shape[1] != frames * rows * columns:
         raise DitaError(f"a grid of {tuple(grid)} does not hold {scores.shape[1]} tokens")
-    down, across = math.ceil(rows / cell), math.ceil(columns / cell)
-    padding = (0, across * cell - columns, 0, down * cell - rows)
-    padded = torch.nn.functional.pad(scores.reshape(-1, rows, columns), padding, value=-math.inf)
-    cells = padded.reshape(-1, down, cell, across, cell).transpose(2, 3).reshape(-1, down * across, cell * cell)
-    best, place = cells.max(-1, keepdim=True)
-    cells = cells.scatter(-1, place, best + bonus * best.abs())
-    spread = cells.reshape(-1, down, across, cell, cell).transpose(2, 3).reshape(-1, down * cell, across * cell)
-    return spread[:, :rows, :columns].reshape(scores.shape)
+    planes = scores.reshape(-1, 1, rows, columns).float()
+    best, place = torch.nn.functional.max_pool2d(planes, cell, ceil_mode=True, return_indices=True)
+    flat = scores.reshape(-1, rows * columns)
+    raised = flat.scatter_add(1, place.flatten(1), (bonus * best.abs()).flatten(1).to(flat.dtype))
+    return raised.reshape(scores.shape)
 
 
 def cluster_tokens(
@@ -220,16 +216,13 @@ def draw_per_cluster(labels: torch.Tensor, count: int, seed: int) -> torch.Tenso
     return torch.where(members.any(-1), drawn, spare)
 
 
-def spread_to_clusters(
-    tokens: torch.Tensor, index: torch.Tensor, labels: torch.Tensor, clusters: int, share: float
-) -> torch.Tensor:
-    """Move every token by `share` towards the mean of those at `index` that belong to its cluster (ClusCa).
+def spread_to_clusters(tokens: torch.Tensor, index: torch.Tensor, labels: torch.Tensor, share: float) -> torch.Tensor:
+    """Move every token by `share` towards the one that represents its cluster (ClusCa).
 
     Args:
         tokens: [B, N, C].
-        index: [B, K] of the tokens that represent their clusters.
-        labels: [B, N], from 0 to clusters - 1; tokens of label -1, and of clusters without a representative, stay.
-        clusters: how many there are.
+        index: [B, K], of which column c is the representative of cluster c.
+        labels: [B, N], from 0 to K - 1; tokens of label -1 stay.
         share: from 0 to 1.
 
     Returns:
@@ -237,13 +230,9 @@ def spread_to_clusters(
 
     Example:
         >>> x = torch.tensor([[[0.0], [4.0], [8.0]]])
-        >>> spread_to_clusters(x, torch.tensor([[1]]), torch.tensor([[0, 0, 1]]), 2, 0.5).flatten()
+        >>> spread_to_clusters(x, torch.tensor([[1]]), torch.tensor([[0, 0, -1]]), 0.5).flatten()
         tensor([2., 4., 8.])
     """
-    chosen = labels.gather(1, index)
-    nothing = torch.zeros(len(tokens), clusters, tokens.shape[2], device=tokens.device)
-    means = cluster_means(gather_tokens(tokens, index), chosen, nothing)
-    known = _members(chosen, clusters).any(-1)
-    places = labels.clamp_min(0)
-    shares = share * (known.gather(1, places) & (labels >= 0)).float()
-    return tokens.float().lerp(gather_tokens(means, places), shares[..., None]).to(tokens.dtype)
+    itself = torch.arange(labels.shape[1], device=labels.device)
+    towards = torch.where(labels >= 0, index.gather(1, labels.clamp_min(0)), itself)
+    return tokens.lerp(gather_tokens(tokens, towards), share)

@@ -94,7 +94,7 @@ def test_clusters_draw_without_touching_the_random_state() -> None:
 
 def test_spreading_moves_tokens_towards_their_representative() -> None:
     x, labels, index = noise(2, 6, 3), torch.tensor([[0, 1, 1, -1, 0, 1]] * 2), torch.tensor([[4, 1]] * 2)
-    moved = kernel.spread_to_clusters(x, index, labels, 3, 0.25)
+    moved = kernel.spread_to_clusters(x, index, labels, 0.25)
     for n, source in enumerate([4, 1, 1, None, 4, 1]):
         target = x[:, n] if source is None else x[:, source]
         torch.testing.assert_close(moved[:, n], 0.75 * x[:, n] + 0.25 * target)
@@ -323,7 +323,7 @@ def test_fresh_rows_are_kept(place: str, precision: str) -> None:
     newest = history.newest[0]
     assert newest is not None and newest.dtype == torch.float32 and newest[0, :, 0].tolist() == [1, 0, 1]
     labels = torch.tensor([[0, 0, 1]])
-    history.refresh(Fresh(torch.tensor([[0]]), labels, 2, 0.5), (torch.full((1, 1, 2), 4.0),))
+    history.refresh(Fresh(torch.tensor([[0, 2]]), labels, 0.5), (torch.tensor([[[4.0] * 2, [1.0] * 2]]),))
     newest = history.newest[0]
     assert newest is not None and newest[0, :, 0].tolist() == [4, 2, 1]
 
