@@ -11,9 +11,11 @@ from dita.caching.bac import BAC
 from dita.caching.bwcache import BWCache
 from dita.caching.cachequant import CacheQuant
 from dita.caching.cgtaylor import CGTaylor
+from dita.caching.clusca import ClusCa
 from dita.caching.dbcache import DBCache, FirstBlockCache
 from dita.caching.deltadit import DeltaDiT
 from dita.caching.dicache import DiCache
+from dita.caching.duca import DuCa
 from dita.caching.easycache import EasyCache
 from dita.caching.efficientvla import EfficientVLA
 from dita.caching.fastercache import FasterCache
@@ -32,6 +34,7 @@ from dita.caching.speca import SpeCa
 from dita.caching.table import Table
 from dita.caching.taylorseer import TaylorSeer
 from dita.caching.teacache import Rescaling, TeaCache
+from dita.caching.toca import ToCa
 
 __all__ = [
     "BAC",
@@ -42,9 +45,11 @@ __all__ = [
     "BWCache",
     "CGTaylor",
     "CacheQuant",
+    "ClusCa",
     "DBCache",
     "DeltaDiT",
     "DiCache",
+    "DuCa",
     "EasyCache",
     "EfficientVLA",
     "FasterCache",
@@ -63,4 +68,5 @@ __all__ = [
     "Table",
     "TaylorSeer",
     "TeaCache",
+    "ToCa",
 ]

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from dita.anatomy import Anatomy
+from dita.attention_view import Attended
 from dita.caching.forecast import Forecast
 from dita.caching.history import History
 from dita.caching.policy import Guards, Policy, Verdict, View, relative_l1
 from dita.caching.storage import Storage, bytes_of
 from dita.errors import DitaError
-from dita.seams import Call, Features, Site
+from dita.seams import Call, Features, Fresh, Site
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Recipe:
         from_probe: the residual is that of the trunk, from the input of the probe blocks on, not from their output.
         sites: spans or modules to reuse, in place of those that `what` stands for.
         watch: sites that the policy sees besides.
+        attend: attention modules whose queries, keys and values the policy sees at computed steps.
         verify: the span of one block that is run for real too, on steps that the policy wants verified.
     """
 
@@ -50,6 +52,7 @@ class Recipe:
     from_probe: bool = False
     sites: tuple[Site, ...] = ()
     watch: tuple[Site, ...] = ()
+    attend: tuple[Site, ...] = ()
     verify: Site | None = None
 
 
@@ -71,8 +74,7 @@ class Stream:
         """The ring of a site, made on first use."""
         history = self.histories.get((site, occurrence))
         if history is None:
-            history = History(self.how.anchors, self.how.retain, self.storage)
-            self.histories[site, occurrence] = history
+            history = self.histories[site, occurrence] = self.how.make_history(self.storage)
         return history
 
     def newest_of(self, site: Site) -> Features:
@@ -126,12 +128,14 @@ class CacheHandler:
         self.reused, self.watched, self.probe = plan_sites(recipe, anatomy, method)
         probe = () if self.probe is None else (self.probe,)
         verified = () if recipe.verify is None else (recipe.verify,)
-        self.sites: tuple[Site, ...] = tuple(dict.fromkeys((*probe, *self.reused, *self.watched, *verified)))
+        kinds = (*probe, *self.reused, *self.watched, *verified, *recipe.attend)
+        self.sites: tuple[Site, ...] = tuple(dict.fromkeys(kinds))
         self._reused, self._watched = frozenset(self.reused), frozenset(self.watched)
+        self._attend = frozenset(recipe.attend)
         self._residual = recipe.keep == "residual" and recipe.what in ("trunk", "span", "model")
         self.indicator = recipe.when()
         self._measures_residual = self.indicator.wants_residual and recipe.what in ("trunk", "span")
-        self._whole = len(set[int | Site]().union(*map(_units, self.reused)))
+        self._whole = set[int | Site]().union(*map(_units, self.reused))
         self._streams: dict[tuple[str, int], Stream] = {}
         self._leader: tuple[tuple[int, int], Verdict] | None = None
         self.begin_run()
@@ -306,6 +310,41 @@ class CacheHandler:
             return (forecast[0], inputs[1])
         return forecast
 
+    def fresh(self, site: Site, occurrence: int, call: Call, shape: tuple[int, ...]) -> Fresh | None:
+        """Ask the verdict."""
+        if self._verdict is None or self._verdict.fresh is None:
+            return None
+        if occurrence or (site, 1) in self._stream(call).histories:
+            raise DitaError(
+                f"{site.name} of {self.anatomy.name} runs on its tokens in several chunks; choosing among all of them "
+                "needs them at once: switch chunking off (set_chunk_feed_forward(None) on its blocks)"
+            )
+        return self._verdict.fresh(site, shape)
+
+    def refreshed(
+        self, site: Site, occurrence: int, call: Call, inputs: Features, fresh: Fresh, outputs: Features
+    ) -> Features:
+        """Take the rows up into what is kept, and forecast from that."""
+        history = self._stream(call).history(site, occurrence)
+        history.refresh(fresh, outputs)
+        if call.action == "computed":
+            call.action = "partial"
+        return self.recipe.how.forecast(history, inputs if self.recipe.keep == "pair" else (), site, call)
+
+    def wants_attention(self, site: Site, call: Call) -> bool:
+        """The recipe names the modules, the policy the steps."""
+        if site not in self._attend or (self._verdict is not None and not self._verdict.compute):
+            return False
+        return self._stream(call).policy.wants_attention(site, self._make_view(call))
+
+    def attended(self, site: Site, call: Call, seen: Attended) -> None:
+        """Hand on what an attention module reads."""
+        self._stream(call).policy.attended(site, seen, self._make_view(call))
+
+    def _stands_in(self, unit: int | Site) -> bool:
+        """A unit was skipped, by itself or with the block around it."""
+        return unit in self._stood_in or (isinstance(unit, Site) and unit.block in self._stood_in)
+
     def rehearses(self, site: Site, call: Call) -> bool:
         """Blocks are run for real on the steps that the policy wants verified."""
         return site == self.recipe.verify and self._verdict is not None and self._verdict.verify
@@ -319,7 +358,7 @@ class CacheHandler:
         if self._verdict is None:
             return
         stream, view = self._stream(call), self._make_view(call)
-        if call.action != "computed" and len(self._stood_in) < self._whole:
+        if call.action != "computed" and not all(map(self._stands_in, self._whole)):
             call.action = "partial"
         if self._changes:
             view.block_change = torch.stack(self._changes).mean(0)
@@ -337,7 +376,7 @@ class CacheHandler:
 
 
 def _units(site: Site) -> set[int | Site]:
-    """What a site stands for, for telling whether all of a model was reused: its blocks, or itself."""
+    """What a site stands for, for telling whether all of a model was reused: the blocks of a span, else itself."""
     return set(range(site.first, site.last + 1)) if site.kind == "span" else {site}
 
 

@@ -14,6 +14,7 @@ from math import comb, factorial
 from typing import ClassVar
 
 from dita.caching.history import Entry, History
+from dita.caching.storage import Storage
 from dita.errors import DitaError
 from dita.seams import Call, Features, Site
 
@@ -161,6 +162,10 @@ class Forecast:
     def retain(self, entries: list[Entry]) -> list[Entry]:
         """Choose which entries of a history are kept, of all, newest first."""
         return entries[: self.anchors]
+
+    def make_history(self, storage: Storage) -> History:
+        """The ring that one site's features are kept in."""
+        return History(self.anchors, self.retain, storage)
 
     def weights(self, step: int, anchors: Sequence[int]) -> list[float]:
         """One weight per anchor used (newest first) for `step`; they sum to 1.

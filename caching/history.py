@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from dita.caching.storage import Storage, bytes_of
+from dita.kernels.tokens import put_tokens, spread_to_clusters
 from dita.kernels.weighted_sum import weighted_sum
-from dita.seams import Features
+from dita.seams import Features, Fresh
 
 
 @dataclass
@@ -38,6 +39,7 @@ class History:
         retain: Callable[[list[Entry]], list[Entry]] | None = None,
         storage: Storage | None = None,
     ) -> None:
+        self.length = length
         self._retain = retain or (lambda entries: entries[:length])
         self._storage = storage or Storage()
         self._entries: list[Entry] = []
@@ -45,13 +47,17 @@ class History:
 
     def push(self, step: int, features: Features, real: bool = True) -> None:
         """Keep a copy of `features`, computed (or else forecast) at `step`, and drop what is no longer wanted."""
-        entry = Entry(step, features, real)
-        kept = self._retain([entry, *self._entries])
-        spare = next((old.features for old in self._entries if not any(old is e for e in kept)), ())
-        self._entries = kept
-        first = next((tensor for tensor in features if tensor is not None), None)
-        self._like = None if first is None else (first.dtype, first.device)
-        entry.features = self._storage.put(features, spare)
+        self._keep(self._retain([Entry(step, features, real), *self._entries]))
+
+    def _keep(self, wanted: list[Entry]) -> None:
+        """Let the entries be `wanted`, of which new ones are copied to where features are kept."""
+        new = [entry for entry in wanted if not any(entry is old for old in self._entries)]
+        spare = [old.features for old in self._entries if not any(old is entry for entry in wanted)]
+        self._entries = wanted
+        for entry in new:
+            first = next((tensor for tensor in entry.features if tensor is not None), None)
+            self._like = None if first is None else (first.dtype, first.device)
+            entry.features = self._storage.put(entry.features, spare.pop(0) if spare else ())
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -67,6 +73,19 @@ class History:
     def newest(self) -> Features:
         """The newest features, as they were computed (but for what a lower precision cost)."""
         return self._storage.get(self._entries[0].features, self._like)
+
+    def refresh(self, fresh: Fresh, rows: Features) -> None:
+        """Take fresh rows of tokens [B, K, C] up into the newest features [B, N, C], in place."""
+        entry = self._entries[0]
+        updated: list[torch.Tensor | None] = []
+        for kept, new in zip(self.newest, rows, strict=True):
+            if kept is not None and new is not None:
+                kept = put_tokens(kept, fresh.index, new)
+                if fresh.labels is not None and fresh.share:
+                    kept = spread_to_clusters(kept, fresh.index, fresh.labels, fresh.share)
+            updated.append(kept)
+        if any(new is not old for new, old in zip(updated, entry.features, strict=True)):
+            entry.features = self._storage.put(tuple(updated), entry.features)
 
     def combine(
         self, weights: Sequence[float] | torch.Tensor, base: Features = (), only: int | None = None

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dita.seams import Features, Position, Site
+from dita.attention_view import Attended
+from dita.seams import Features, Fresh, Position, Site
 
 
 @dataclass
@@ -53,6 +54,8 @@ class Verdict:
         computes: where `compute` is False, says which of the sites run all the same; None for none of them.
         weights: of the forecast, one per anchor, in place of the recipe's.
         verify: run the recipe's `verify` block for real too, and tell `Policy.verified`.
+        fresh: where a row-wise module is skipped, says on which tokens of an input [B, N, C] it runs all the same, from
+            the site and that shape; None for none of them.
     """
 
     compute: bool
@@ -61,6 +64,7 @@ class Verdict:
     computes: Callable[[Site], bool] | None = None
     weights: tuple[float, ...] | None = None
     verify: bool = False
+    fresh: Callable[[Site, tuple[int, ...]], Fresh | None] | None = None
 
 
 class Policy:
@@ -94,6 +98,13 @@ class Policy:
             outputs: of the site; an "entry" site's is what the first attention is about to read.
             view: the call.
         """
+
+    def wants_attention(self, site: Site, view: View) -> bool:
+        """Say whether `attended` is to see an attention module of the recipe's `attend`, which runs at this step."""
+        return True
+
+    def attended(self, site: Site, seen: Attended, view: View) -> None:
+        """An attention module attends to these tensors, which must not be kept: several times for some models."""
 
     def verified(self, draft: Features, exact: Features, view: View) -> None:
         """A block's output with everything inside it forecast, and with everything computed, on the same input."""

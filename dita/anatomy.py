@@ -15,6 +15,8 @@ from dita.errors import DitaError
 from dita.models import PARALLEL_PARTS, PARALLEL_PROJECTION, BlockEntry
 from dita.seams import Features, Site
 
+_TEXT_NAME = re.compile(r"^(txt_.*|.*_context)$")
+_ROW_WISE = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
 _MODULE_NAME = re.compile(r"^(attn\d*|attention|self_attn|cross_attn|ff|ffn|mlp|ff_context|.*_attn|.*_mlp)$")
 
 
@@ -62,6 +64,20 @@ class ModulePart:
     site: Site
     module: nn.Module
     feeders: tuple[nn.Module, ...] = ()
+
+    @property
+    def row_wise(self) -> bool:
+        """Each row of its output depends on the same row of its one input alone, as far as its structure tells.
+
+        Example:
+            >>> mlp, mixer = nn.Sequential(nn.Linear(2, 4), nn.GELU()), nn.Conv1d(2, 2, 3)
+            >>> [ModulePart(Site("module", "m", role="mlp"), module).row_wise for module in (mlp, mixer)]
+            [True, False]
+        """
+        if self.site.role not in ("mlp", "linear") or self.feeders:
+            return False
+        holders = [m for m in self.module.modules() if next(m.parameters(recurse=False), None) is not None]
+        return bool(holders) and all(isinstance(m, _ROW_WISE) or "Norm" in type(m).__name__ for m in holders)
 
 
 @dataclass(frozen=True)
@@ -121,6 +137,21 @@ class Anatomy:
         """All attention modules in execution order; without `cross` only self-attention and joint attention."""
         roles = ("attention", "cross-attention") if cross else ("attention",)
         parts = [part for part in (*self.modules, *self.inner) if part.site.role in roles]
+        return tuple(sorted(parts, key=lambda part: part.site.block))
+
+    @property
+    def apart(self) -> tuple[ModulePart, ...]:
+        """`modules`, with each projection joining attention and MLP taken apart.
+
+        Its place is taken by the attention that feeds it, by the layers beside that, and by the projection itself as a
+        row-wise layer.
+        """
+        joining = {part.site.block: part for part in self.modules if part.site.role == "parallel"}
+        parts = [part for part in self.modules if part.site.role != "parallel"] + list(self.inner)
+        for part in self.linears:
+            joined = joining.get(part.site.block)
+            if joined is not None and (part.module is joined.module or part.module in joined.feeders):
+                parts.append(part)
         return tuple(sorted(parts, key=lambda part: part.site.block))
 
     def require(self, seam: str, method: str) -> None:
@@ -208,5 +239,7 @@ def _modules_of(block: Block) -> list[ModulePart]:
             crossing = name == "cross_attn" or (name == "attn2" and reads_text)
             if role == "attention" and (crossing or getattr(child, "is_cross_attention", False)):
                 role = "cross-attention"
-            parts.append(ModulePart(Site("module", f"{block.path}.{name}", block=block.number, role=role), child))
+            text = _TEXT_NAME.match(name) is not None
+            site = Site("module", f"{block.path}.{name}", block=block.number, role=role, text=text)
+            parts.append(ModulePart(site, child))
     return parts

@@ -25,11 +25,18 @@ class ModelEntry:
 
 @dataclass(frozen=True)
 class BlockEntry:
-    """A block class: `returns` lists its outputs in order, "hidden" and "encoder" (the text stream)."""
+    """A block class.
+
+    Attributes:
+        returns: its outputs in order, "hidden" and "encoder" (the text stream).
+        hidden, encoder: names of its arguments.
+        text: where text tokens lie in joint attention, "first" or "last" (not the order of `returns`); "" unknown.
+    """
 
     returns: tuple[str, ...]
     hidden: str = "hidden_states"
     encoder: str = "encoder_hidden_states"
+    text: str = ""
 
 
 MODELS: dict[str, ModelEntry] = {
@@ -45,19 +52,19 @@ MODELS: dict[str, ModelEntry] = {
     "MochiTransformer3DModel": ModelEntry("mochi", ("transformer_blocks",)),
 }
 
-_TEXT_FIRST = BlockEntry(returns=("encoder", "hidden"))
-_TEXT_LAST = BlockEntry(returns=("hidden", "encoder"))
+_TEXT_FIRST = BlockEntry(returns=("encoder", "hidden"), text="first")
+_TEXT_LAST = BlockEntry(returns=("hidden", "encoder"), text="last")
 _NO_TEXT = BlockEntry(returns=("hidden",))
 
 BLOCKS: dict[str, BlockEntry] = {
     "BasicTransformerBlock": _NO_TEXT,
-    "JointTransformerBlock": _TEXT_FIRST,
+    "JointTransformerBlock": BlockEntry(returns=("encoder", "hidden"), text="last"),
     "SD3SingleTransformerBlock": _NO_TEXT,
     "FluxTransformerBlock": _TEXT_FIRST,
     "FluxSingleTransformerBlock": _TEXT_FIRST,
     "QwenImageTransformerBlock": _TEXT_FIRST,
     "WanTransformerBlock": _NO_TEXT,
-    "CogVideoXBlock": _TEXT_LAST,
+    "CogVideoXBlock": BlockEntry(returns=("hidden", "encoder"), text="first"),
     "HunyuanVideoTransformerBlock": _TEXT_LAST,
     "HunyuanVideoSingleTransformerBlock": _TEXT_LAST,
     "HunyuanVideoTokenReplaceTransformerBlock": _TEXT_LAST,

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from dita.anatomy import Anatomy, Block, ModulePart
+from dita.attention_view import AttentionView
 from dita.clock import RunClock
 from dita.errors import DitaError
 from dita.grid import Grid, token_grid
+from dita.kernels.tokens import gather_tokens
 from dita.patch import Patch
 from dita.reporting import RunReport, StepRecord
 from dita.seams import Call, Features, Handler, Position, Site
@@ -295,26 +297,70 @@ class ModelRuntime:
             call = self._call
             if call is None:
                 return original(*args, **kwargs)
-            return self._around_site(part.site, handler, call, original, args, kwargs)
+            return self._around_site(part.site, handler, call, original, args, kwargs, part)
 
         return around
 
     def _around_site(
-        self, site: Site, handler: Handler, call: Call, original: Original, args: tuple[Any, ...], kwargs: Any
+        self,
+        site: Site,
+        handler: Handler,
+        call: Call,
+        original: Original,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        part: ModulePart | None = None,
     ) -> Any:
         """Run or skip a module or the model, whose output is a tensor, a tuple with Nones, or has `.sample`."""
         occurrence = self._occurrences.get(site, 0)
         self._occurrences[site] = occurrence + 1
         inputs: Features = (call.latents,) if site.kind == "model" else ()
         if site.kind == "module" and handler.wants_inputs(site):
-            inputs = (kwargs.get("hidden_states", kwargs.get("input", args[0] if args else None)),)
+            inputs = (_first_tensor(args, kwargs),)
         if handler.compute(site, call, inputs):
-            result = original(*args, **kwargs)
+            if part is not None and handler.wants_attention(site, call):
+                with AttentionView(lambda seen: handler.attended(site, call, seen)):
+                    result = original(*args, **kwargs)
+            else:
+                result = original(*args, **kwargs)
             features, rebuild = _flatten(result)
             self._shapes[site, occurrence] = rebuild
             handler.computed(site, occurrence, call, inputs, features)
             return result
+        if part is not None and part.site.role in ("mlp", "linear"):
+            stood_in = self._on_some_tokens(part, handler, call, occurrence, inputs, original, args, kwargs)
+            if stood_in is not None:
+                return self._shapes[site, occurrence](stood_in)
         return self._shapes[site, occurrence](handler.skipped(site, occurrence, call, inputs))
+
+    def _on_some_tokens(
+        self,
+        part: ModulePart,
+        handler: Handler,
+        call: Call,
+        occurrence: int,
+        inputs: Features,
+        original: Original,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Features | None:
+        """Run a row-wise module on the tokens that the handler wants fresh; None if it wants none."""
+        tokens = _first_tensor(args, kwargs)
+        fresh = None if tokens is None else handler.fresh(part.site, occurrence, call, tuple(tokens.shape))
+        if tokens is None or fresh is None:
+            return None
+        if not part.row_wise:
+            raise DitaError(
+                f"{part.site.name} of {self.anatomy.name} is not known to treat every token by itself, so that it "
+                "cannot run on some of them; reuse its output instead"
+            )
+        some = gather_tokens(tokens, fresh.index)
+        if args and args[0] is tokens:
+            args = (some, *args[1:])
+        else:
+            kwargs = {name: some if value is tokens else value for name, value in kwargs.items()}
+        outputs, _ = _flatten(original(*args, **kwargs))
+        return handler.refreshed(part.site, occurrence, call, inputs, fresh, outputs)
 
     def _around_feeder(self, part: ModulePart, feeder: torch.nn.Module) -> Any:
         """A module whose output only feeds a skipped one: stand in for it with zeros that take no memory."""
@@ -339,6 +385,11 @@ class ModelRuntime:
             )
 
         return around
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    value = kwargs.get("hidden_states", kwargs.get("input", args[0] if args else None))
+    return value if isinstance(value, torch.Tensor) else None
 
 
 def _flatten(result: Any) -> tuple[Features, Callable[[Features], Any]]:

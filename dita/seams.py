@@ -10,6 +10,8 @@ from typing import Literal, Protocol
 
 import torch
 
+from dita.attention_view import Attended
+
 Features = tuple[torch.Tensor | None, ...]
 """What passes through a site: (hidden [B, N, C], text stream or None) of a span; the outputs of a module or model."""
 
@@ -29,6 +31,7 @@ class Site:
         role: what the module is: "attention" (self or joint), "cross-attention", "mlp", "parallel" (both at once) or
             "linear" (a layer inside one of those).
         ends: the span reaches the last block, so that only the image stream is used after it.
+        text: the module reads the text stream alone.
     """
 
     kind: Literal["model", "span", "module", "entry"]
@@ -38,6 +41,7 @@ class Site:
     block: int = -1
     role: str = ""
     ends: bool = False
+    text: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,21 @@ class Call:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Fresh:
+    """Tokens on which a module runs although the rest of its output is forecast.
+
+    Attributes:
+        index: [B, K], int64.
+        labels: [B, N] clusters of all tokens, -1 for none: `index[:, c]` stands for cluster c; None without clusters.
+        share: by how much every kept token moves towards the fresh one of its cluster, from 0 to 1.
+    """
+
+    index: torch.Tensor
+    labels: torch.Tensor | None = None
+    share: float = 0.0
+
+
 class Handler(Protocol):
     """A method at work on one model. The runtime calls it; it never touches modules itself."""
 
@@ -120,6 +139,23 @@ class Handler(Protocol):
     def skipped(self, site: Site, occurrence: int, call: Call, inputs: Features) -> Features:
         """The site did not run: return what stands in for its outputs."""
         ...
+
+    def fresh(self, site: Site, occurrence: int, call: Call, shape: tuple[int, ...]) -> Fresh | None:
+        """Say on which tokens of an input of this shape a module runs that is to be skipped; None for none."""
+        ...
+
+    def refreshed(
+        self, site: Site, occurrence: int, call: Call, inputs: Features, fresh: Fresh, outputs: Features
+    ) -> Features:
+        """The site ran on those tokens: return what stands in for its outputs on all of them."""
+        ...
+
+    def wants_attention(self, site: Site, call: Call) -> bool:
+        """Say whether `attended` wants to see the attention of this module, which is about to run."""
+        ...
+
+    def attended(self, site: Site, call: Call, seen: Attended) -> None:
+        """The module calls scaled dot-product attention with these tensors, which must not be changed."""
 
     def rehearses(self, site: Site, call: Call) -> bool:
         """Say whether the one block of this span, which runs, is to be run for real beforehand, for comparison."""

@@ -1,0 +1,159 @@
+"""Looking at queries, keys and values inside an attention module, whatever its processor, and what to read off them.
+
+A scoped torch function mode sees every call of `torch.nn.functional.scaled_dot_product_attention` while a module runs.
+Nothing of the size of an attention map is kept: what is read off one is summed over chunks of its rows, in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_ELEMENTS = 2**22  # of the attention map that are held at a time
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What one call of scaled dot-product attention was given.
+
+    Attributes:
+        q: [B, H, N, D].
+        k, v: [B, H, M, D], perhaps with fewer heads, each serving several of q's.
+        mask: bool or added to the logits, broadcast to [B, H, N, M]; None without one.
+        scale: of the logits; None for 1 / sqrt(D).
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None = None
+    scale: float | None = None
+
+    def maps(self) -> Iterator[torch.Tensor]:
+        """The attention map, averaged over heads, in chunks of its rows [B, n, M], float32.
+
+        Example:
+            >>> q = torch.zeros(1, 2, 3, 4)
+            >>> torch.cat(list(Attended(q, q, q).maps()), 1).shape
+            torch.Size([1, 3, 3])
+        """
+        batch, heads, rows, width = self.q.shape
+        scale = 1 / math.sqrt(width) if self.scale is None else self.scale
+        keys = self.k.float().repeat_interleave(heads // self.k.shape[1], 1).transpose(-2, -1)
+        size = max(1, _ELEMENTS // max(1, batch * heads * keys.shape[-1]))
+        for start in range(0, rows, size):
+            logits = self.q[:, :, start : start + size].float() * scale @ keys
+            if self.mask is not None:
+                mask = self.mask if self.mask.shape[-2] == 1 else self.mask[..., start : start + size, :]
+                logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
+            yield logits.softmax(-1).mean(1)
+
+    def column_mass(self) -> torch.Tensor:
+        """How much attention each key receives: column sums of the map averaged over heads (ToCa, s1).
+
+        Returns:
+            float32 [B, M]; each row sums to N.
+
+        Example:
+            >>> q = torch.zeros(1, 1, 3, 4)
+            >>> Attended(q, q[:, :, :2], q[:, :, :2]).column_mass()
+            tensor([[1.5000, 1.5000]])
+        """
+        total = torch.zeros(self.k.shape[0], self.k.shape[2], device=self.k.device)
+        for rows in self.maps():
+            total += rows.sum(1)
+        return total
+
+    def row_entropy(self, halves: bool = False) -> torch.Tensor:
+        """How widely each query looks: entropy of the rows of the map averaged over heads, in nats (ToCa, s2).
+
+        Args:
+            halves: the batch is two halves of one guidance, whose maps are averaged first.
+
+        Returns:
+            float32 [B, N].
+
+        Example:
+            >>> q = torch.zeros(1, 1, 1, 4)
+            >>> k = torch.zeros(1, 1, 8, 4)
+            >>> Attended(q, k, k).row_entropy()
+            tensor([[2.0794]])
+        """
+        pieces = []
+        for rows in self.maps():
+            if halves:
+                rows = rows.unflatten(0, (2, -1)).mean(0).repeat(2, 1, 1)
+            pieces.append(-(rows * (rows + 1e-7).log()).sum(-1))
+        return torch.cat(pieces, 1)
+
+    def value_lack(self, halves: bool = False) -> torch.Tensor:
+        """Sum over heads of 1 - |v|: high for keys whose value is short (DuCa's score without an attention map).
+
+        Args:
+            halves: the batch is two halves of one guidance, whose norms are averaged.
+
+        Returns:
+            float32 [B, M].
+
+        Example:
+            >>> v = torch.tensor([3.0, 4.0]).expand(1, 2, 1, 2)
+            >>> Attended(v, v, v).value_lack()
+            tensor([[-8.]])
+        """
+        lack = (1 - self.v.float().norm(dim=-1)).sum(1)
+        return lack.unflatten(0, (2, -1)).mean(0).repeat(2, 1) if halves else lack
+
+
+class AttentionView(TorchFunctionMode):
+    """Within the `with` block, show every scaled dot-product attention to `look`, and let it run as it is.
+
+    Args:
+        look: called before each attention.
+
+    Example:
+        >>> q, seen = torch.zeros(1, 2, 3, 4), []
+        >>> with AttentionView(seen.append):
+        ...     _ = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        >>> seen[0].q.shape
+        torch.Size([1, 2, 3, 4])
+    """
+
+    def __init__(self, look: Callable[[Attended], None]) -> None:
+        super().__init__()
+        self.look = look
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """See torch.overrides."""
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            names = ("query", "key", "value", "attn_mask")
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            mask, scale = given.get("attn_mask"), given.get("scale")
+            # The mode is off in here: what `look` computes is not looked at.
+            self.look(Attended(given["query"], given["key"], given["value"], mask, scale))
+        return func(*args, **kwargs)
+
+
+def joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Put per-sample results together whose lengths may differ (Mochi attends sample by sample without padding).
+
+    Args:
+        parts: [b, N_i] each.
+
+    Returns:
+        [sum of b, largest N], zeros where a part is shorter.
+
+    Example:
+        >>> joined([torch.ones(1, 2), torch.ones(1, 1)])
+        tensor([[1., 1.],
+                [1., 0.]])
+    """
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1])) for part in parts])
