@@ -158,6 +158,14 @@ class CacheHandler:
             stream = self._streams[key] = Stream(self.recipe.when(), self.recipe.how, self.storage, call.shapes)
         return stream
 
+    def drives(self, site: Site) -> bool:
+        """Sites are computed or skipped, once."""
+        return False
+
+    def drive(self, site: Site, occurrence: int, call: Call, run: Callable[[], Features]) -> Features:
+        """Never asked for."""
+        return run()
+
     def compute(self, site: Site, call: Call, inputs: Features) -> bool:
         """Probe and watched sites always run; all reused sites of a call share one verdict."""
         if site not in self._reused:

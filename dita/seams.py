@@ -5,6 +5,7 @@ Shapes: B samples (twice the images under batched guidance), N tokens, C channel
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -103,6 +104,17 @@ class Handler(Protocol):
 
     def begin_call(self, call: Call) -> None:
         """The transformer is about to be called."""
+
+    def drives(self, site: Site) -> bool:
+        """Say whether this module or model is run through `drive`; none of the methods below is then asked about it."""
+        ...
+
+    def drive(self, site: Site, occurrence: int, call: Call, run: Callable[[], Features]) -> Features:
+        """Return the outputs of the site; `run` computes them, as often as it is called, or not at all.
+
+        Within `run` of the model gradients may be enabled, though the loop around it has them off.
+        """
+        ...
 
     def compute(self, site: Site, call: Call, inputs: Features) -> bool:
         """Say whether the site runs for real this time."""

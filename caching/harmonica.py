@@ -1,0 +1,121 @@
+"""HarmoniCa: a learned router says of every module at every step whether it is computed.
+
+Huang et al., "HarmoniCa: Harmonizing Training and Inference for Better Feature Caching in Diffusion Transformer
+Acceleration", ICML 2025, arXiv 2410.01723.
+
+Kept: outputs of attention and MLP modules, before the adaLN gate. When: a module runs at a step if the sigmoid of the
+router's logit for the two is above `threshold`; the first step always runs. How: reuse of the newest output.
+
+The router is trained without data on whole trajectories from noise. At each step of one, the output in full and the one
+with every module's output blended, r new + (1 - r) kept with r the sigmoid, are compared on the same latents, and the
+step's logits take one step of Adam down proxy * mean squared difference + `beta` * mean r. What is kept is the blended
+output, without gradient, replaced where r is above `threshold`; the trajectory goes on with the blended model's output.
+The proxy is the squared change of the final latents when the router is followed at that step too, as at all steps before
+it, and is measured again every `refresh` trajectories. Logits stay within 5; the weights of the model do not change.
+
+Differences: beta is relative, to the mean over steps of proxy times difference before the training, and to the number of
+modules, so that one value serves many models (the authors' is 7e-8 for the sum over DiT-XL's); the difference is that
+of the transformer's output, guided only in the proxy; logits start at 0, not from noise; the authors' first step blends
+0.7 % of what the last trajectory left; and there are tens of trajectories here, at a higher rate, for thousands there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from dita.anatomy import Anatomy
+from dita.caching.bac import ScheduledSites
+from dita.caching.base import check_number, check_whole
+from dita.caching.engine import Recipe
+from dita.caching.harmonica_training import Training, train_router
+from dita.caching.table import CalibratedMethod, Table, table_for
+from dita.registry import register
+
+
+@register
+@dataclass(frozen=True)
+class HarmoniCa(CalibratedMethod):
+    """HarmoniCa's settings.
+
+    Attributes:
+        threshold: sigmoid above which a module is computed; 0 computes all. Published: 0.1.
+        beta: of the training: what a computed module costs against the error; larger tables skip more.
+        iterations: trajectories of the training, each about three times as long as a plain run; with 0 the router is
+            left at 0.5 everywhere.
+        rate: of Adam.
+        refresh: trajectories between two measurements of the proxy, which take as long as a run per two steps.
+        seed: of the first trajectory.
+        table: the router's sigmoids, from `dita.calibrate`.
+
+    Raises:
+        DitaError: a setting out of range; on attaching, no calibration, or one of another model.
+
+    Example:
+        >>> HarmoniCa(threshold=0.5).label()
+        'threshold=0.5'
+    """
+
+    threshold: float = 0.1
+    beta: float = 4.0
+    iterations: int = 40
+    rate: float = 0.2
+    refresh: int = 10
+    seed: int = 0
+    table: Table | None = field(default=None, repr=False)
+
+    name: ClassVar[str] = "harmonica"
+    title: ClassVar[str] = "HarmoniCa"
+    arxiv: ClassVar[str] = "2410.01723"
+    axes: ClassVar[str] = "modules, each on a schedule of its own learned from trajectories; reuse"
+    seams: ClassVar[frozenset[str]] = frozenset({"module"})
+    citation: ClassVar[str] = """@inproceedings{huang2025harmonica,
+  title={HarmoniCa: Harmonizing Training and Inference for Better Feature Caching in Diffusion Transformer Acceleration},
+  author={Huang, Yushi and Wang, Zining and Gong, Ruihao and Liu, Jing and Zhang, Xinjie and Guo, Jinyang and
+    Liu, Xianglong and Zhang, Jun},
+  booktitle={Proceedings of the International Conference on Machine Learning},
+  year={2025}
+}"""
+
+    def validate(self) -> None:
+        """Check ranges."""
+        check_number("threshold", self.threshold, 0, 1)
+        check_number("beta", self.beta, 0)
+        check_number("rate", self.rate, 0)
+        check_whole("iterations", self.iterations, 0)
+        check_whole("refresh", self.refresh, 1)
+        check_whole("seed", self.seed, 0)
+
+    def recipe(self, anatomy: Anatomy) -> Recipe:
+        """Modules, each by its column of the router."""
+        anatomy.require("module", self.name)
+        table, schedule = Table({}), {}
+        if self.threshold > 0:
+            table = table_for(self.name, self.table, anatomy)
+            schedule = {
+                site: frozenset(step for step, sigmoid in enumerate(row) if sigmoid > self.threshold)
+                for site, row in table.values.items()
+            }
+        return Recipe(what="module", when=lambda: ScheduledSites(schedule, table), keep="output")
+
+    def calibrated(self, pipe: Any, call: Callable[[Any], Any]) -> HarmoniCa:
+        """Train the router; `call` is run many times, each under another seed of torch's global generator."""
+        training = Training(self.threshold, self.beta, self.rate)
+        train_router(pipe, call, training, self.iterations, self.refresh, self.seed)
+        return replace(self, table=training.sink.table(Table, training.sigmoids(), pipe))
+
+    @classmethod
+    def disabled(cls) -> HarmoniCa:
+        """Every step computed; needs no calibration."""
+        return cls(threshold=0.0)
+
+    @classmethod
+    def forced(cls) -> HarmoniCa:
+        """Nothing is ever due after the first step, whatever a router says; it is not trained."""
+        return cls(threshold=1.0, iterations=0)
+
+    @classmethod
+    def ladder(cls) -> tuple[HarmoniCa, ...]:
+        """Betas; sweeps of bundled pipelines come with their tables."""
+        return tuple(cls(beta=b) for b in (1.0, 2.0, 4.0, 8.0))
