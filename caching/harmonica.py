@@ -6,17 +6,21 @@ Acceleration", ICML 2025, arXiv 2410.01723.
 Kept: outputs of attention and MLP modules, before the adaLN gate. When: a module runs at a step if the sigmoid of the
 router's logit for the two is above `threshold`; the first step always runs. How: reuse of the newest output.
 
-The router is trained without data on whole trajectories from noise. At each step of one, the output in full and the one
-with every module's output blended, r new + (1 - r) kept with r the sigmoid, are compared on the same latents, and the
-step's logits take one step of Adam down proxy * mean squared difference + `beta` * mean r. What is kept is the blended
-output, without gradient, replaced where r is above `threshold`; the trajectory goes on with the blended model's output.
-The proxy is the squared change of the final latents when the router is followed at that step too, as at all steps before
-it, and is measured again every `refresh` trajectories. Logits stay within 5; the weights of the model do not change.
+The router is trained without data on whole trajectories from noise. At each step of one, the model's output in full and
+that with every module's output blended, r new + (1 - r) kept with r the sigmoid, are compared on the same latents, and
+the step's logits take one step of Adam down proxy * mean squared difference + `beta` * mean r. What is kept is the
+blended output, without gradient, replaced where r is above `threshold`; the trajectory goes on with the blended model's
+output. The proxy is the squared change of the final latents when the router is followed at that step too, as at all
+steps before it, and is measured again every `refresh` trajectories. Logits stay within 5; no weight changes.
 
-Differences: beta is relative, to the mean over steps of proxy times difference before the training, and to the number of
-modules, so that one value serves many models (the authors' is 7e-8 for the sum over DiT-XL's); the difference is that
-of the transformer's output, guided only in the proxy; logits start at 0, not from noise; the authors' first step blends
-0.7 % of what the last trajectory left; and there are tens of trajectories here, at a higher rate, for thousands there.
+Differences, mostly because thousands of trajectories are out of reach without a cluster: there are tens, at a higher
+rate that falls to zero; `stride` steps share a proxy; logits start at 0, not from noise. beta is relative, to the
+number of modules and to the median over steps of proxy times difference before the training, so that one value serves
+many models (the authors' is 7e-8 for the sum over DiT-XL's modules). The difference is that of the transformer's output, guided in
+the proxy only. The authors' first step blends 0.7 % of what the last trajectory left behind; here it is computed.
+
+With r near its optimum, 1 - beta / (2 proxy c) for a module whose share of the difference is (1 - r)^2 c, a threshold t
+computes what a beta of (1 - t) times that value would: one trained table serves a ladder of thresholds.
 """
 
 from __future__ import annotations
@@ -41,11 +45,12 @@ class HarmoniCa(CalibratedMethod):
 
     Attributes:
         threshold: sigmoid above which a module is computed; 0 computes all. Published: 0.1.
-        beta: of the training: what a computed module costs against the error; larger tables skip more.
-        iterations: trajectories of the training, each about three times as long as a plain run; with 0 the router is
+        beta: of the training: what a computed module costs against the error; with more of it more is skipped.
+        iterations: trajectories of the training, each three to four times as long as a plain run; with 0 the router is
             left at 0.5 everywhere.
-        rate: of Adam.
-        refresh: trajectories between two measurements of the proxy, which take as long as a run per two steps.
+        rate: of Adam at the beginning; it falls to zero.
+        refresh: trajectories between two measurements of the proxy.
+        stride: steps that share one value of the proxy, 1 as published; a measurement takes steps / (2 stride) runs.
         seed: of the first trajectory.
         table: the router's sigmoids, from `dita.calibrate`.
 
@@ -58,10 +63,11 @@ class HarmoniCa(CalibratedMethod):
     """
 
     threshold: float = 0.1
-    beta: float = 4.0
-    iterations: int = 40
-    rate: float = 0.2
-    refresh: int = 10
+    beta: float = 1000.0
+    iterations: int = 24
+    rate: float = 0.5
+    refresh: int = 4
+    stride: int = 7
     seed: int = 0
     table: Table | None = field(default=None, repr=False)
 
@@ -70,8 +76,10 @@ class HarmoniCa(CalibratedMethod):
     arxiv: ClassVar[str] = "2410.01723"
     axes: ClassVar[str] = "modules, each on a schedule of its own learned from trajectories; reuse"
     seams: ClassVar[frozenset[str]] = frozenset({"module"})
+    shaping: ClassVar[tuple[str, ...]] = ("beta", "iterations", "rate", "refresh", "stride")
     citation: ClassVar[str] = """@inproceedings{huang2025harmonica,
-  title={HarmoniCa: Harmonizing Training and Inference for Better Feature Caching in Diffusion Transformer Acceleration},
+  title={HarmoniCa: Harmonizing Training and Inference for Better Feature Caching in Diffusion Transformer
+    Acceleration},
   author={Huang, Yushi and Wang, Zining and Gong, Ruihao and Liu, Jing and Zhang, Xinjie and Guo, Jinyang and
     Liu, Xianglong and Zhang, Jun},
   booktitle={Proceedings of the International Conference on Machine Learning},
@@ -85,6 +93,7 @@ class HarmoniCa(CalibratedMethod):
         check_number("rate", self.rate, 0)
         check_whole("iterations", self.iterations, 0)
         check_whole("refresh", self.refresh, 1)
+        check_whole("stride", self.stride, 1)
         check_whole("seed", self.seed, 0)
 
     def recipe(self, anatomy: Anatomy) -> Recipe:
@@ -102,7 +111,7 @@ class HarmoniCa(CalibratedMethod):
     def calibrated(self, pipe: Any, call: Callable[[Any], Any]) -> HarmoniCa:
         """Train the router; `call` is run many times, each under another seed of torch's global generator."""
         training = Training(self.threshold, self.beta, self.rate)
-        train_router(pipe, call, training, self.iterations, self.refresh, self.seed)
+        train_router(pipe, call, training, self.iterations, self.refresh, self.stride, self.seed)
         return replace(self, table=training.sink.table(Table, training.sigmoids(), pipe))
 
     @classmethod
@@ -117,5 +126,5 @@ class HarmoniCa(CalibratedMethod):
 
     @classmethod
     def ladder(cls) -> tuple[HarmoniCa, ...]:
-        """Betas; sweeps of bundled pipelines come with their tables."""
-        return tuple(cls(beta=b) for b in (1.0, 2.0, 4.0, 8.0))
+        """Thresholds 0.1 to 0.9 on one router."""
+        return tuple(cls(threshold=t) for t in (0.1, 0.3, 0.5, 0.7, 0.9))

@@ -1,8 +1,8 @@
-"""Training HarmoniCa's router on the user's pipeline: the sampling loop runs as it is, and the router learns in its calls.
+"""Training HarmoniCa's router in the user's own sampling loop.
 
 Step-wise denoising training: each call of the transformer is run in full (the teacher), then with every module blended
-with what is kept of it (the student), on the same input; the router's row of that step takes one optimizer step, and the
-loop goes on with the student's output. Neither data nor weights are involved: only the router changes. See
+with what is kept of it (the student), on the same input; the router's row of that step takes one optimizer step, and
+the loop goes on with the student's output. Neither data nor weights are involved: only the router changes. See
 `dita.caching.harmonica` for the method.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import fmean, median
 from typing import Any, ClassVar
 
 import torch
@@ -24,12 +25,14 @@ from dita.seams import Call, Features, Handler, Site
 
 LIMIT = 5.0
 """Largest absolute logit."""
+BASE = (-1, -1)
+"""The window of the run that computes everything."""
 
 Student = Callable[[torch.Tensor], tuple[torch.Tensor, Features]]
 
 
 def error_of(outputs: Features, exact: Features) -> torch.Tensor:
-    """Mean squared difference of a transformer's outputs, in float32.
+    """Mean squared difference of a transformer's outputs, in float32 at least.
 
     Args:
         outputs, exact: tensors [B, ...] of equal shapes.
@@ -38,8 +41,10 @@ def error_of(outputs: Features, exact: Features) -> torch.Tensor:
         >>> error_of((torch.tensor([[1.0, 3.0]]),), (torch.tensor([[1.0, 1.0]]),))
         tensor(2.)
     """
-    pairs = [(a.float(), b.float()) for a, b in zip(outputs, exact, strict=True) if a is not None and b is not None]
-    return torch.stack([(a - b).square().mean() for a, b in pairs]).mean()
+    pairs = [(a, b) for a, b in zip(outputs, exact, strict=True) if a is not None and b is not None]
+    at_least = [torch.promote_types(a.dtype, torch.float32) for a, _ in pairs]
+    errors = [(a.to(kind) - b.to(kind)).square().mean() for (a, b), kind in zip(pairs, at_least, strict=True)]
+    return torch.stack(errors).mean()
 
 
 @dataclass
@@ -48,24 +53,28 @@ class Training:
 
     Attributes:
         threshold: what is kept of a module is replaced where its sigmoid is above it.
-        beta: weight of the mean sigmoid of a step against its error; the errors of all steps, weighted, are 1 on average
-            before the training.
-        rate: of Adam: about what a logit moves in one trajectory.
+        beta: weight of the mean sigmoid of a step against its weighted error, whose median over steps is 1 before the
+            training.
+        rate: of Adam, about what a logit moves in one trajectory; it falls to zero with `progress`.
+        progress: share of the training that is done.
         names: of the module sites, the columns of the router.
         logits: step of the schedule -> [sites]; the first step of a run has none.
-        proxy: step -> what of the final image's error one unit of the step's error stands for.
-        following: the step up to which the router is followed while the proxy is measured; None while training.
+        errors: step -> those of its calls, when the proxy was measured.
+        proxy: step -> weight of its error: how much the final latents change when the router is followed there.
+        window: while the proxy is measured, the first and the last step at which the router comes to be followed;
+            earlier ones are known from the run before, later ones are computed. None while training.
         sink: the conditions of the runs.
     """
 
     threshold: float = 0.1
     beta: float = 4.0
-    rate: float = 0.2
+    rate: float = 0.4
+    progress: float = 0.0
     names: list[str] = field(default_factory=list)
     logits: dict[int, torch.Tensor] = field(default_factory=dict)
     proxy: dict[int, float] = field(default_factory=dict)
-    errors: dict[int, float] = field(default_factory=dict)
-    following: int | None = None
+    errors: dict[int, list[float]] = field(default_factory=dict)
+    window: tuple[int, int] | None = None
     visited: set[int] = field(default_factory=set)
     sink: Measurement = field(default_factory=Measurement)
     _optimizers: dict[int, torch.optim.Optimizer] = field(default_factory=dict)
@@ -92,7 +101,9 @@ class Training:
         with torch.enable_grad():
             loss, outputs = student(row)
             (row.grad,) = torch.autograd.grad(loss, [row])
-        self._optimizers[step].step()
+        optimizer = self._optimizers[step]
+        optimizer.param_groups[0]["lr"] = self.rate * (1 - self.progress)
+        optimizer.step()
         with torch.no_grad():
             row.clamp_(-LIMIT, LIMIT)
         return outputs
@@ -119,21 +130,20 @@ class RouterHandler:
         self._fresh: dict[Any, Features] = {}
         self._sigmoids: torch.Tensor | None = None
         self._results: dict[Any, Features] = {}
-        self._exact: dict[Any, Features] = {}
         self._starts: dict[Any, torch.Tensor] = {}
 
     def begin_run(self) -> None:
         """Forget everything, unless this run goes on with the proxy."""
-        if not self.training.following:
-            self._kept, self._results, self._exact, self._starts = {}, {}, {}, {}
+        if self.training.window is None or self.training.window == BASE:
+            self._kept, self._results, self._starts = {}, {}, {}
 
     def begin_call(self, call: Call) -> None:
         """Write down the conditions, and see that they stay the same."""
         sink, position = self.training.sink, call.position
         if sink.steps and sink.steps != position.schedule_length:
             raise DitaError(
-                f"the call ran {sink.steps} steps first and {position.schedule_length} now; a router is trained for one "
-                "number of steps"
+                f"the call ran {sink.steps} steps first and {position.schedule_length} now; a router is trained for "
+                "one number of steps"
             )
         sink.steps, sink.scheduler, sink.shape = position.schedule_length, call.scheduler, tuple(call.shapes[0][1:])
         self.training.visited.add(position.index)
@@ -149,7 +159,7 @@ class RouterHandler:
     def drive(self, site: Site, occurrence: int, call: Call, run: Callable[[], Features]) -> Features:
         """Train in a call of the model; blend a module."""
         if site.kind == "model":
-            return self._measure(call, run) if self.training.following is not None else self._train(call, run)
+            return self._measure(call, run) if self.training.window is not None else self._train(call, run)
         key, new = (call.position.stream, site, occurrence), run()
         old = self._kept.get(key)
         if self._sigmoids is not None and old is not None:
@@ -201,22 +211,20 @@ class RouterHandler:
                 "the calibration call started from other noise under the same seed of torch; let all chance in it come "
                 "from torch's global generator, or from generators that it makes itself"
             )
-        following = training.following or 0
-        if key in self._results and position.index < following:
+        first, last = training.window or BASE
+        if key in self._results and position.index < first:
             return self._results[key]
+        exact = self._pass(run)
         if position.local_step == 0:
-            self._results[key] = self._pass(run)
             self._keep(None)
-            return self._results[key]
-        if position.index == following:
+        elif first <= position.index <= last:
             row = training.row(position.index).detach()
             self._results[key] = self._pass(run, row.sigmoid())
             self._keep(row)
-            error = error_of(self._results[key], self._exact[key]).item()
-            training.errors[position.index] = training.errors.get(position.index, 0.0) + error
+            training.errors.setdefault(position.index, []).append(error_of(self._results[key], exact).item())
             return self._results[key]
-        self._exact[key] = self._pass(run)
-        return self._exact[key]
+        self._results[key] = exact
+        return exact
 
     def compute(self, site: Site, call: Call, inputs: Features) -> bool:
         """What feeds a module runs."""
@@ -270,7 +278,13 @@ class _Router(CachingMethod):
 
 
 def train_router(
-    pipe: Any, call: Callable[[Any], Any], training: Training, iterations: int, refresh: int, seed: int = 0
+    pipe: Any,
+    call: Callable[[Any], Any],
+    training: Training,
+    iterations: int,
+    refresh: int,
+    stride: int = 1,
+    seed: int = 0,
 ) -> Training:
     """Let a router learn from trajectories of a pipeline, which comes back as it was, weights included.
 
@@ -279,8 +293,8 @@ def train_router(
         call: runs it once, with torch's global generator seeded differently each time.
         training: the router, changed in place.
         iterations: trajectories; with 0 one is run, for its conditions, and nothing learned.
-        refresh: trajectories between two measurements of the proxy, each of which costs as much as half a trajectory's
-            steps in trajectories without training.
+        refresh: trajectories between two measurements of the proxy.
+        stride: steps that share one value of it; a measurement costs as much as steps / (2 stride) plain runs.
         seed: of the first trajectory.
 
     Raises:
@@ -293,43 +307,50 @@ def train_router(
 
     with accelerated(pipe, _Router(training=training)), _still(pipe):
         if iterations == 0:
-            training.following = 0
+            training.window = BASE
             _seeded(pipe, call, seed)
-            training.following = None
+            training.window = None
         scale = 0.0
         for number in range(iterations):
             if number % refresh == 0:
-                changes = measure_proxy(pipe, call, training, seed + number)
-                weighted = [changes[step] * training.errors[step] for step in changes]
+                changes = measure_proxy(pipe, call, training, seed + number, stride)
+                weighted = [change * fmean(training.errors[step]) for step, change in changes.items()]
                 # Later proxies are measured with another router; the unit stays that of the first.
-                scale = scale or sum(weighted) / max(1, len(weighted))
+                scale = scale or median(weighted or [0.0])
                 training.proxy = {step: change / scale if scale else 0.0 for step, change in changes.items()}
+            training.progress = number / iterations
             _seeded(pipe, call, seed + number)
     if not training.sink.steps:
         raise DitaError("the calibration call ran no sampling loop: it must run the pipeline once")
     return training
 
 
-def measure_proxy(pipe: Any, call: Callable[[Any], Any], training: Training, seed: int) -> dict[int, float]:
-    """By how much the final latents change when the router is followed at one step more, from the first step on.
+def measure_proxy(
+    pipe: Any, call: Callable[[Any], Any], training: Training, seed: int, stride: int = 1
+) -> dict[int, float]:
+    """By how much the final latents change when the router is followed at further steps, from the first step on.
 
     Args:
         pipe: with the training attached.
-        call, training, seed: see `train_router`.
+        call, training, seed, stride: see `train_router`.
 
     Returns:
-        step -> mean squared change. `training.errors` holds each step's own error besides.
+        step -> mean squared change, shared equally among the steps of a stride. `training.errors` holds each step's own
+        errors besides.
     """
-    training.errors, training.visited, training.following = {}, set(), 0
+    training.errors, training.visited, training.window = {}, set(), BASE
+    changes: dict[int, float] = {}
     try:
-        last, changes = _seeded(pipe, call, seed), {}
-        for step in sorted(training.visited)[1:]:
-            training.following = step
+        last = _seeded(pipe, call, seed)
+        steps = sorted(training.visited)[1:]
+        for start in range(0, len(steps), stride):
+            group = steps[start : start + stride]
+            training.window = (group[0], group[-1])
             now = _seeded(pipe, call, seed)
-            changes[step] = error_of((now,), (last,)).item()
+            changes |= dict.fromkeys(group, error_of((now,), (last,)).item() / len(group))
             last = now
     finally:
-        training.following = None
+        training.window = None
     return {step: change for step, change in changes.items() if step in training.errors}
 
 

@@ -317,9 +317,7 @@ class ModelRuntime:
             return result
         return self._shapes[site, occurrence](handler.skipped(site, occurrence, call, inputs))
 
-    def _driven(
-        self, site: Site, handler: Handler, occurrence: int, call: Call, original: Callable[[], Any]
-    ) -> Any:
+    def _driven(self, site: Site, handler: Handler, occurrence: int, call: Call, original: Callable[[], Any]) -> Any:
         """Leave it to the handler how often a module or the model runs."""
 
         def run() -> Features:
