@@ -13,11 +13,11 @@ blended output, without gradient, replaced where r is above `threshold`; the tra
 output. The proxy is the squared change of the final latents when the router is followed at that step too, as at all
 steps before it, and is measured again every `refresh` trajectories. Logits stay within 5; no weight changes.
 
-Differences, mostly because thousands of trajectories are out of reach without a cluster: there are tens, at a higher
+Differences, mostly because thousands of trajectories are out of reach without a cluster: there are a dozen, at a higher
 rate that falls to zero; `stride` steps share a proxy; logits start at 0, not from noise. beta is relative, to the
 number of modules and to the median over steps of proxy times difference before the training, so that one value serves
-many models (the authors' is 7e-8 for the sum over DiT-XL's modules). The difference is that of the transformer's output, guided in
-the proxy only. The authors' first step blends 0.7 % of what the last trajectory left behind; here it is computed.
+many models (the authors' is 7e-8 for the sum over DiT-XL's modules). The difference is that of the transformer's
+output, guided in the proxy only. The authors' first step blends 0.7 % of what the last trajectory left behind.
 
 With r near its optimum, 1 - beta / (2 proxy c) for a module whose share of the difference is (1 - r)^2 c, a threshold t
 computes what a beta of (1 - t) times that value would: one trained table serves a ladder of thresholds.
@@ -64,8 +64,8 @@ class HarmoniCa(CalibratedMethod):
 
     threshold: float = 0.1
     beta: float = 1000.0
-    iterations: int = 24
-    rate: float = 0.5
+    iterations: int = 12
+    rate: float = 0.8
     refresh: int = 4
     stride: int = 7
     seed: int = 0
