@@ -14,7 +14,7 @@ output. The proxy is the squared change of the final latents when the router is 
 steps before it, and is measured again every `refresh` trajectories. Logits stay within 5; no weight changes.
 
 Differences, mostly because thousands of trajectories are out of reach without a cluster: there are a dozen, at a higher
-rate that falls to zero; `stride` steps share a proxy; logits start at 0, not from noise. beta is relative, to the
+rate that falls to zero; `stride` steps share a proxy; logits start at -1, not from noise. beta is relative, to the
 number of modules and to the median over steps of proxy times difference before the training, so that one value serves
 many models (the authors' is 7e-8 for the sum over DiT-XL's modules). The difference is that of the transformer's
 output, guided in the proxy only. The authors' first step blends 0.7 % of what the last trajectory left behind.
@@ -46,8 +46,8 @@ class HarmoniCa(CalibratedMethod):
     Attributes:
         threshold: sigmoid above which a module is computed; 0 computes all. Published: 0.1.
         beta: of the training: what a computed module costs against the error; with more of it more is skipped.
-        iterations: trajectories of the training, each three to four times as long as a plain run; with 0 the router is
-            left at 0.5 everywhere.
+        iterations: trajectories of the training, each three to four times as long as a plain run; with 0 the router
+            stays as it starts.
         rate: of Adam at the beginning; it falls to zero.
         refresh: trajectories between two measurements of the proxy.
         stride: steps that share one value of the proxy, 1 as published; a measurement takes steps / (2 stride) runs.
@@ -63,11 +63,11 @@ class HarmoniCa(CalibratedMethod):
     """
 
     threshold: float = 0.1
-    beta: float = 1000.0
+    beta: float = 3.0
     iterations: int = 12
-    rate: float = 0.8
-    refresh: int = 4
-    stride: int = 7
+    rate: float = 0.4
+    refresh: int = 2
+    stride: int = 10
     seed: int = 0
     table: Table | None = field(default=None, repr=False)
 

@@ -25,6 +25,8 @@ from dita.seams import Call, Features, Handler, Site
 
 LIMIT = 5.0
 """Largest absolute logit."""
+START = -1.0
+"""Of all logits: above the published threshold, but not far."""
 BASE = (-1, -1)
 """The window of the run that computes everything."""
 
@@ -82,7 +84,7 @@ class Training:
     def row(self, step: int) -> torch.Tensor:
         """The logits of a step, made on its first visit."""
         if step not in self.logits:
-            self.logits[step] = torch.zeros(len(self.names), requires_grad=True)
+            self.logits[step] = torch.full((len(self.names),), START, requires_grad=True)
             self._optimizers[step] = torch.optim.Adam([self.logits[step]], lr=self.rate)
         return self.logits[step]
 
@@ -310,6 +312,8 @@ def train_router(
             training.window = BASE
             _seeded(pipe, call, seed)
             training.window = None
+            for step in sorted(training.visited)[1:]:
+                training.row(step)
         scale = 0.0
         for number in range(iterations):
             if number % refresh == 0:
