@@ -22,6 +22,7 @@ from dita.caching.fastercache import FasterCache
 from dita.caching.foca import FoCa
 from dita.caching.foresight import Foresight
 from dita.caching.freqca import FreqCa
+from dita.caching.harmonica import HarmoniCa
 from dita.caching.hicache import HiCache
 from dita.caching.hyca import HyCa
 from dita.caching.icc import ICC
@@ -57,6 +58,7 @@ __all__ = [
     "FoCa",
     "Foresight",
     "FreqCa",
+    "HarmoniCa",
     "HiCache",
     "HyCa",
     "LightCache",

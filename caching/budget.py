@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 import torch
 
+from dita.attention_view import Attended
 from dita.caching.engine import CacheHandler
 from dita.caching.storage import Storage, bytes_of
 from dita.errors import DitaError
 from dita.reporting import in_bytes
-from dita.seams import Call, Features, Site
+from dita.seams import Call, Features, Fresh, Handler, Site
 
 
 class Seen(NamedTuple):
@@ -103,7 +104,7 @@ class Form:
     storage: Storage
 
 
-class BudgetHandler:
+class BudgetHandler(Handler):
     """Carries out the first form of a method that fits. See `dita.seams.Handler` for when each method is called.
 
     All forms' sites are hooked; those that the present form does not use run as they are. A form that only keeps its
@@ -202,6 +203,24 @@ class BudgetHandler:
     def skipped(self, site: Site, occurrence: int, call: Call, inputs: Features) -> Features:
         """See `CacheHandler.skipped`."""
         return self._now.skipped(site, occurrence, call, inputs)
+
+    def fresh(self, site: Site, occurrence: int, call: Call, shape: tuple[int, ...]) -> Fresh | None:
+        """See `CacheHandler.fresh`."""
+        return self._now.fresh(site, occurrence, call, shape)
+
+    def refreshed(
+        self, site: Site, occurrence: int, call: Call, inputs: Features, fresh: Fresh, outputs: Features
+    ) -> Features:
+        """See `CacheHandler.refreshed`."""
+        return self._now.refreshed(site, occurrence, call, inputs, fresh, outputs)
+
+    def wants_attention(self, site: Site, call: Call) -> bool:
+        """See `CacheHandler.wants_attention`."""
+        return self._uses(site, call) and self._now.wants_attention(site, call)
+
+    def attended(self, site: Site, call: Call, seen: Attended) -> None:
+        """See `CacheHandler.attended`."""
+        self._now.attended(site, call, seen)
 
     def rehearses(self, site: Site, call: Call) -> bool:
         """See `CacheHandler.rehearses`."""

@@ -33,7 +33,7 @@ from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast
 from dita.caching.history import Entry, History
 from dita.caching.policy import FixedInterval, Verdict, View
-from dita.caching.storage import Storage
+from dita.caching.storage import Storage, bytes_of
 from dita.errors import DitaError
 from dita.kernels.tokens import cluster_tokens, draw_per_cluster
 from dita.registry import register

@@ -14,7 +14,7 @@ from dita.caching.history import History
 from dita.caching.policy import Guards, Policy, Verdict, View, relative_l1
 from dita.caching.storage import Storage, bytes_of
 from dita.errors import DitaError
-from dita.seams import Call, Features, Fresh, Site
+from dita.seams import Call, Features, Fresh, Handler, Site
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def plan_sites(recipe: Recipe, anatomy: Anatomy, method: str) -> tuple[tuple[Sit
     return anatomy.spans(first, last), watched, anatomy.span(0, probe - 1) if probe else None
 
 
-class CacheHandler:
+class CacheHandler(Handler):
     """Carries out one recipe on one model. See `dita.seams.Handler` for when each method is called."""
 
     def __init__(self, recipe: Recipe, anatomy: Anatomy, method: str, storage: Storage | None = None) -> None:

@@ -185,11 +185,13 @@ class CalibratedMethod(CachingMethod):
         table_kind: the table's class.
         bound: the numbers hold for the scheduler, steps and resolution they were measured at, and a run under others
             warns.
+        shaping: settings that the numbers depend on beyond chance; the others only read them.
     """
 
     needs_calibration: ClassVar[bool] = True
     table_kind: ClassVar[type[Table]] = Table
     bound: ClassVar[bool] = True
+    shaping: ClassVar[tuple[str, ...]] = ()
 
     def sites(self, anatomy: Anatomy) -> tuple[Site, ...]:
         """The method's sites; asking needs no table yet."""

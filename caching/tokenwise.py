@@ -18,6 +18,7 @@ from dita.anatomy import Anatomy
 from dita.attention_view import Attended, joined
 from dita.caching.engine import Recipe
 from dita.caching.policy import Policy, Verdict, View
+from dita.caching.storage import bytes_of
 from dita.errors import DitaError
 from dita.kernels.tokens import cell_bonus, choose
 from dita.seams import Fresh, Site

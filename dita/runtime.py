@@ -314,6 +314,8 @@ class ModelRuntime:
         """Run or skip a module or the model, whose output is a tensor, a tuple with Nones, or has `.sample`."""
         occurrence = self._occurrences.get(site, 0)
         self._occurrences[site] = occurrence + 1
+        if handler.drives(site):
+            return self._driven(site, handler, occurrence, call, lambda: original(*args, **kwargs))
         inputs: Features = (call.latents,) if site.kind == "model" else ()
         if site.kind == "module" and handler.wants_inputs(site):
             inputs = (_first_tensor(args, kwargs),)
@@ -361,6 +363,18 @@ class ModelRuntime:
             kwargs = {name: some if value is tokens else value for name, value in kwargs.items()}
         outputs, _ = _flatten(original(*args, **kwargs))
         return handler.refreshed(part.site, occurrence, call, inputs, fresh, outputs)
+
+    def _driven(self, site: Site, handler: Handler, occurrence: int, call: Call, original: Callable[[], Any]) -> Any:
+        """Leave it to the handler how often a module or the model runs."""
+
+        def run() -> Features:
+            if site.kind == "model":
+                self._occurrences.clear()
+            features, self._shapes[site, occurrence] = _flatten(original())
+            return features
+
+        features = handler.drive(site, occurrence, call, run)
+        return self._shapes[site, occurrence](features)
 
     def _around_feeder(self, part: ModulePart, feeder: torch.nn.Module) -> Any:
         """A module whose output only feeds a skipped one: stand in for it with zeros that take no memory."""

@@ -1,12 +1,13 @@
-"""What a method sees of a model: sites, calls, and the protocol by which it takes part in a forward pass.
+"""What a method sees of a model: sites, calls, and the base class by which it takes part in a forward pass.
 
 Shapes: B samples (twice the images under batched guidance), N tokens, C channels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
@@ -114,10 +115,13 @@ class Fresh:
     share: float = 0.0
 
 
-class Handler(Protocol):
-    """A method at work on one model. The runtime calls it; it never touches modules itself."""
+class Handler:
+    """A method at work on one model: this one lets everything run and keeps nothing, others override what they need.
 
-    sites: tuple[Site, ...]
+    The runtime calls it; it never touches modules itself.
+    """
+
+    sites: tuple[Site, ...] = ()
 
     def begin_run(self) -> None:
         """Forget everything: a run starts."""
@@ -125,41 +129,52 @@ class Handler(Protocol):
     def begin_call(self, call: Call) -> None:
         """The transformer is about to be called."""
 
+    def drives(self, site: Site) -> bool:
+        """Say whether this module or model is run through `drive`; none of the methods below is then asked about it."""
+        return False
+
+    def drive(self, site: Site, occurrence: int, call: Call, run: Callable[[], Features]) -> Features:
+        """Return the outputs of the site; `run` computes them, as often as it is called, or not at all.
+
+        Within `run` of the model gradients may be enabled, though the loop around it has them off.
+        """
+        return run()
+
     def compute(self, site: Site, call: Call, inputs: Features) -> bool:
         """Say whether the site runs for real this time."""
-        ...
+        return True
 
     def wants_inputs(self, site: Site) -> bool:
         """Say whether `computed` and `skipped` need the inputs of this span (copied then) or module (its first)."""
-        ...
+        return False
 
     def computed(self, site: Site, occurrence: int, call: Call, inputs: Features, outputs: Features) -> None:
         """The site ran: `inputs` are those of a span or module where `wants_inputs` says so, else empty."""
 
     def skipped(self, site: Site, occurrence: int, call: Call, inputs: Features) -> Features:
-        """The site did not run: return what stands in for its outputs."""
-        ...
+        """The site did not run: return what stands in for its outputs. Called only if `compute` said no."""
+        raise NotImplementedError(f"{type(self).__name__} skips {site.name} but says nothing in its place")
 
     def fresh(self, site: Site, occurrence: int, call: Call, shape: tuple[int, ...]) -> Fresh | None:
         """Say on which tokens of an input of this shape a module runs that is to be skipped; None for none."""
-        ...
+        return None
 
     def refreshed(
         self, site: Site, occurrence: int, call: Call, inputs: Features, fresh: Fresh, outputs: Features
     ) -> Features:
-        """The site ran on those tokens: return what stands in for its outputs on all of them."""
-        ...
+        """The site ran on those tokens: return what stands in for its outputs on all. Only if `fresh` gave some."""
+        raise NotImplementedError(f"{type(self).__name__} refreshes {site.name} but takes nothing of it up")
 
     def wants_attention(self, site: Site, call: Call) -> bool:
         """Say whether `attended` wants to see the attention of this module, which is about to run."""
-        ...
+        return False
 
     def attended(self, site: Site, call: Call, seen: Attended) -> None:
         """The module calls scaled dot-product attention with these tensors, which must not be changed."""
 
     def rehearses(self, site: Site, call: Call) -> bool:
         """Say whether the one block of this span, which runs, is to be run for real beforehand, for comparison."""
-        ...
+        return False
 
     def rehearsed(self, site: Site, call: Call, outputs: Features) -> None:
         """It was: `outputs` are what it puts out when nothing inside it is skipped."""
@@ -169,4 +184,4 @@ class Handler(Protocol):
 
     def bytes_held(self) -> int:
         """Bytes of tensors kept between calls."""
-        ...
+        return 0

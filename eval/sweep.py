@@ -10,6 +10,7 @@ import torch
 
 from dita.errors import DitaError
 from dita.eval.bench import Bench
+from dita.eval.calibrations import with_bundled
 from dita.eval.environment import device_name
 from dita.eval.group import join_group
 from dita.eval.judge import make_judge
@@ -97,6 +98,8 @@ def run_sweep(
         call={**task.call, **(call or {})},
     )
     chosen = plan(sampling.steps, methods, quick, peers) if settings is None else expand(list(settings), sampling.steps)
+    if sampling.guidance == task.guidance:
+        chosen = with_bundled(chosen, folder)
     group, place = join_group(device)
     judge = make_judge(task, False if quick and published_metrics is None else published_metrics, place, clip)
     pipe: Any = load_pipeline(folder, DTYPES[dtype], place)
