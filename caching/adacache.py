@@ -89,9 +89,9 @@ class CodebookRate(Policy):
         self._motion = motion
         return motion + abs(gradient)
 
-    def keeps(self, site: Site) -> tuple[int, int]:
+    def keeps(self, site: Site, inputs: Features, outputs: Features) -> Features:
         """The layer's output."""
-        return (0, int(site.kind == "module"))
+        return outputs[:1] if site.kind == "module" else ()
 
     def bytes_held(self) -> int:
         """Bytes of the layer's output."""

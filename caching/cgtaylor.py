@@ -70,9 +70,9 @@ class ForecastGate(Policy):
         """Forget the probe."""
         self._now = None
 
-    def keeps(self, site: Site) -> tuple[int, int]:
+    def keeps(self, site: Site, inputs: Features, outputs: Features) -> Features:
         """The probe's anchors."""
-        return (0, self.how.anchors if site.first == 0 else 0)
+        return outputs[:1] * self.how.anchors if site.first == 0 else ()
 
     def bytes_held(self) -> int:
         """Bytes of the probe's anchors."""

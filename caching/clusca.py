@@ -144,9 +144,16 @@ class Clusters(FixedInterval):
             )
         return torch.nn.functional.pad(labels, (room, 0) if place == "first" else (0, room), value=-1)
 
+    def keeps(self, site: Site, inputs: Features, outputs: Features) -> Features:
+        """Labels and centroids of the tokens that leave the watched block."""
+        tokens = [t for t in outputs if t is not None] if site.kind == "span" else []
+        labels = [t.new_empty(t.shape[:2], dtype=torch.int64) for t in tokens]
+        means = [t.new_empty(len(t), min(self.clusters, t.shape[1]), t.shape[2], dtype=torch.float32) for t in tokens]
+        return (*labels, *means)
+
     def bytes_held(self) -> int:
         """Labels and centroids."""
-        return sum(t.numel() * t.element_size() for t in (*self._labels, *self._centroids) if t is not None)
+        return bytes_of([*self._labels, *self._centroids])
 
 
 @register

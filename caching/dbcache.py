@@ -26,7 +26,7 @@ from dita.caching.forecast import Forecast
 from dita.caching.policy import Guards, Policy, Verdict, View, relative_l1
 from dita.caching.storage import bytes_of
 from dita.registry import register
-from dita.seams import Site
+from dita.seams import Features, Site
 
 _CITATION = """@misc{%s,
   title={%s},
@@ -60,9 +60,9 @@ class ProbeGate(Policy):
         if view.probe is not None:
             self._anchor = view.probe.clone()
 
-    def keeps(self, site: Site) -> tuple[int, int]:
+    def keeps(self, site: Site, inputs: Features, outputs: Features) -> Features:
         """The probe's residual."""
-        return (0, int(site.first == 0))
+        return outputs[:1] if site.first == 0 else ()
 
     def bytes_held(self) -> int:
         """Bytes of the kept probe."""

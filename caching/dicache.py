@@ -90,9 +90,9 @@ class OnlineProbe(Policy):
         """The next step is compared with this one."""
         self._last, self._now = self._now, None
 
-    def keeps(self, site: Site) -> tuple[int, int]:
+    def keeps(self, site: Site, inputs: Features, outputs: Features) -> Features:
         """The probe's last input and output, and two of its residuals."""
-        return (1, 3) if site.first == 0 else (0, 0)
+        return (inputs[0], *outputs[:1] * 3) if site.first == 0 else ()
 
     def bytes_held(self) -> int:
         """Bytes of the probe's tensors."""

@@ -79,9 +79,9 @@ class LatentChange(Policy):
         """Remember the latents."""
         self.computed(view)
 
-    def keeps(self, site: Site) -> tuple[int, int]:
+    def keeps(self, site: Site, inputs: Features, outputs: Features) -> Features:
         """Latents of the last step and of the last computed one, and the latter's output."""
-        return (2, 1)
+        return (*inputs[:1] * 2, outputs[0])
 
     def bytes_held(self) -> int:
         """Bytes of the latents and the output kept."""

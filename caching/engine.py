@@ -268,8 +268,8 @@ class CacheHandler(Handler):
             anchors = (*features, *inputs) if self.recipe.keep == "pair" else features
         watched = site in self._watched and self.indicator.watch_blocks
         asked = site == self.probe or site in self._watched or site in self._reused
-        ins, outs = self.indicator.keeps(site) if asked else (0, 0)
-        return anchors * self.recipe.how.anchors, (*inputs[:1] * ins, *outputs[:1] * (outs + watched))
+        kept = self.indicator.keeps(site, inputs, outputs) if asked else ()
+        return anchors * self.recipe.how.anchors, (*kept, *outputs[:1] * watched)
 
     def move(self, storage: Storage) -> None:
         """Keep what is kept, and what comes, in another way."""

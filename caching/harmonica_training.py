@@ -18,8 +18,8 @@ import torch
 
 from dita.anatomy import Anatomy
 from dita.caching.base import CachingMethod
-from dita.caching.table import Measurement
 from dita.caching.storage import bytes_of
+from dita.caching.table import Measurement
 from dita.errors import DitaError
 from dita.patch import Patch
 from dita.seams import Call, Features, Handler, Site
@@ -231,7 +231,7 @@ class RouterHandler(Handler):
 
     def bytes_held(self) -> int:
         """Bytes of what is kept."""
-        return sum(t.numel() * t.element_size() for f in self._kept.values() for t in f if t is not None)
+        return bytes_of(t for features in self._kept.values() for t in features)
 
 
 @dataclass(frozen=True)

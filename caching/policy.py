@@ -115,12 +115,16 @@ class Policy:
     def skipped(self, view: View) -> None:
         """The step was skipped."""
 
-    def keeps(self, site: Site) -> tuple[int, int]:
-        """How many tensors of the size of a site's first input and of its first output are kept for indicators.
+    def keeps(self, site: Site, inputs: Features, outputs: Features) -> Features:
+        """What is kept for indicators because of a site, each as a tensor of that size; one may stand several times.
 
         It tells beforehand what `bytes_held` comes to, and is asked about the probe, reused and watched sites.
+
+        Args:
+            site: where.
+            inputs, outputs: that passed through it in one call; tensors on the meta device, or real ones.
         """
-        return (0, 0)
+        return ()
 
     def bytes_held(self) -> int:
         """Bytes of tensors kept for indicators."""

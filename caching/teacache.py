@@ -122,9 +122,9 @@ class EntryChange(TablePolicy):
         """What the step before read has done its service."""
         self._last = None
 
-    def keeps(self, site: Site) -> tuple[int, int]:
+    def keeps(self, site: Site, inputs: Features, outputs: Features) -> Features:
         """What the first attention read at the last step."""
-        return (0, int(site.kind == "entry"))
+        return outputs[:1] if site.kind == "entry" else ()
 
     def bytes_held(self) -> int:
         """Bytes of the inputs kept."""

@@ -21,7 +21,7 @@ from dita.caching.policy import Policy, Verdict, View
 from dita.caching.storage import bytes_of
 from dita.errors import DitaError
 from dita.kernels.tokens import cell_bonus, choose
-from dita.seams import Fresh, Site
+from dita.seams import Features, Fresh, Site
 
 SCORES = ("auto", "self", "cross", "value")
 
@@ -336,10 +336,18 @@ class TokenWise(Policy):
         better = cell_bonus(scores[:, start : start + image], grid, spread.bonus, spread.cell)
         return torch.cat([scores[:, :start], better, scores[:, start + image :]], 1)
 
+    def keeps(self, site: Site, inputs: Features, outputs: Features) -> Features:
+        """A score of every token that an attention saw; of every token that an MLP reads the score, and with its age."""
+        first = outputs[0]
+        if first is None or site.kind != "module":
+            return ()
+        seen = sum(t.shape[1] for t in outputs if t is not None) if site in self.layout.scored.values() else 0
+        aged = 2 * first.shape[1] if site in self.layout.row_wise and site.block in self.layout.scored else 0
+        return tuple(first.new_empty(len(first), count, dtype=torch.float32) for count in (seen, aged) if count)
+
     def bytes_held(self) -> int:
         """Scores, as they were and with what age adds."""
-        tensors = [*self._scores.values(), *(tensor for pair in self._aged.values() for tensor in pair)]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return bytes_of([*self._scores.values(), *(tensor for pair in self._aged.values() for tensor in pair)])
 
 
 def token_wise(anatomy: Anatomy, method: str, settings: TokenSettings) -> Recipe:
