@@ -27,6 +27,7 @@ from dita.caching.lightcache import LightCache
 from dita.caching.magcache import MagCache
 from dita.caching.magnitude import MagnitudeTable
 from dita.caching.pab import PAB
+from dita.caching.profilingdit import ProfilingDiT
 from dita.caching.smoothcache import SmoothCache
 from dita.caching.speca import SpeCa
 from dita.caching.table import Table
@@ -57,6 +58,7 @@ __all__ = [
     "LightCache",
     "MagCache",
     "MagnitudeTable",
+    "ProfilingDiT",
     "Rescaling",
     "SmoothCache",
     "SpeCa",

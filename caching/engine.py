@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from dita.anatomy import Anatomy
+from dita.attention_maps import Attention
 from dita.caching.forecast import Forecast
 from dita.caching.history import History
 from dita.caching.policy import Guards, Policy, Verdict, View, relative_l1
 from dita.caching.storage import Storage
 from dita.errors import DitaError
-from dita.seams import Call, Features, Site
+from dita.seams import Call, Features, Position, Site
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Recipe:
         sites: spans or modules to reuse, in place of those that `what` stands for.
         watch: sites that the policy sees besides.
         verify: the span of one block that is run for real too, on steps that the policy wants verified.
+        correct: given the position of a finished solver step and its latents, returns those to go on from.
     """
 
     what: str
@@ -51,6 +53,7 @@ class Recipe:
     sites: tuple[Site, ...] = ()
     watch: tuple[Site, ...] = ()
     verify: Site | None = None
+    correct: Callable[[Position, torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass
@@ -280,6 +283,18 @@ class CacheHandler:
     def rehearsed(self, site: Site, call: Call, outputs: Features) -> None:
         """Keep what the block really puts out until its draft is there."""
         self._exact = outputs
+
+    def wants_attention(self, site: Site, call: Call) -> bool:
+        """The policy may want the attentions of the modules that it watches."""
+        return site.kind == "module" and site in self._watched and self._stream(call).policy.watch_attention
+
+    def attended(self, site: Site, call: Call, attention: Attention) -> None:
+        """Tell the policy."""
+        self._stream(call).policy.attended(site, attention, self._make_view(call))
+
+    def stepped(self, position: Position, latents: torch.Tensor) -> torch.Tensor:
+        """Correct the latents, if the recipe does."""
+        return latents if self.recipe.correct is None else self.recipe.correct(position, latents)
 
     def end_call(self, call: Call) -> None:
         """Tell the policy how the call went."""

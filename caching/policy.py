@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dita.attention_maps import Attention
 from dita.seams import Features, Position, Site
 
 
@@ -75,11 +76,13 @@ class Policy:
         probe_blocks: blocks at the front that always run; it is asked after them.
         watch_blocks: wants `View.block_change`.
         wants_residual: wants `View.residual`.
+        watch_attention: wants to be told of the attentions in the module sites that the recipe watches.
     """
 
     probe_blocks: int = 0
     watch_blocks: bool = False
     wants_residual: bool = False
+    watch_attention: bool = False
 
     def decide(self, view: View) -> Verdict:
         """Say whether this step is computed."""
@@ -94,6 +97,9 @@ class Policy:
             outputs: of the site; an "entry" site's is what the first attention is about to read.
             view: the call.
         """
+
+    def attended(self, site: Site, attention: Attention, view: View) -> None:
+        """A watched module is about to attend; it may do so more than once a call."""
 
     def verified(self, draft: Features, exact: Features, view: View) -> None:
         """A block's output with everything inside it forecast, and with everything computed, on the same input."""

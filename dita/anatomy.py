@@ -78,6 +78,7 @@ class Anatomy:
         linears: the linear layers inside attention and MLP modules, and such projections; not those of modulations.
         reasons: seam -> why it is missing.
         text_used_after: the text stream leaving the last block matters.
+        text_at: where text tokens stand in joint attention: "first", "last", or "" for nowhere or unknown.
     """
 
     model: nn.Module
@@ -89,6 +90,7 @@ class Anatomy:
     linears: tuple[ModulePart, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)
     text_used_after: bool = True
+    text_at: str = ""
 
     @property
     def name(self) -> str:
@@ -159,9 +161,8 @@ def describe(model: nn.Module) -> Anatomy:
     linears = tuple(part for block in blocks for part in _linears_of(block))
     bare = Anatomy(model, entry.family, tuple(blocks))
     segments = tuple(bare.span(first, last) for first, last in _segments(blocks))
-    return Anatomy(
-        model, entry.family, tuple(blocks), segments, modules, inner, linears, reasons, entry.text_used_after
-    )
+    used, at = entry.text_used_after, entry.text_at
+    return Anatomy(model, entry.family, tuple(blocks), segments, modules, inner, linears, reasons, used, at)
 
 
 def _segments(blocks: list[Block]) -> list[tuple[int, int]]:

@@ -16,11 +16,13 @@ class ModelEntry:
         family: the short name that defaults are chosen by.
         block_lists: attributes holding the blocks, in execution order.
         text_used_after: the text stream leaving the last block still matters to the output.
+        text_at: where text tokens stand among the queries of joint attention: "first", "last", or "" if there are none.
     """
 
     family: str
     block_lists: tuple[str, ...]
     text_used_after: bool = False
+    text_at: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,16 @@ class BlockEntry:
 MODELS: dict[str, ModelEntry] = {
     "DiTTransformer2DModel": ModelEntry("dit", ("transformer_blocks",)),
     "PixArtTransformer2DModel": ModelEntry("pixart", ("transformer_blocks",)),
-    "SD3Transformer2DModel": ModelEntry("sd3", ("transformer_blocks",)),
-    "FluxTransformer2DModel": ModelEntry("flux", ("transformer_blocks", "single_transformer_blocks")),
-    "QwenImageTransformer2DModel": ModelEntry("qwen-image", ("transformer_blocks",)),
+    "SD3Transformer2DModel": ModelEntry("sd3", ("transformer_blocks",), text_at="last"),
+    "FluxTransformer2DModel": ModelEntry("flux", ("transformer_blocks", "single_transformer_blocks"), text_at="first"),
+    "QwenImageTransformer2DModel": ModelEntry("qwen-image", ("transformer_blocks",), text_at="first"),
     "WanTransformer3DModel": ModelEntry("wan", ("blocks",)),
-    "CogVideoXTransformer3DModel": ModelEntry("cogvideox", ("transformer_blocks",)),
-    "HunyuanVideoTransformer3DModel": ModelEntry("hunyuan-video", ("transformer_blocks", "single_transformer_blocks")),
+    "CogVideoXTransformer3DModel": ModelEntry("cogvideox", ("transformer_blocks",), text_at="first"),
+    "HunyuanVideoTransformer3DModel": ModelEntry(
+        "hunyuan-video", ("transformer_blocks", "single_transformer_blocks"), text_at="last"
+    ),
     "LTXVideoTransformer3DModel": ModelEntry("ltx-video", ("transformer_blocks",)),
-    "MochiTransformer3DModel": ModelEntry("mochi", ("transformer_blocks",)),
+    "MochiTransformer3DModel": ModelEntry("mochi", ("transformer_blocks",), text_at="last"),
 }
 
 _TEXT_FIRST = BlockEntry(returns=("encoder", "hidden"))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dita.anatomy import Anatomy, Block, ModulePart
+from dita.attention_maps import Watching
 from dita.clock import RunClock
 from dita.errors import DitaError
 from dita.grid import Grid, token_grid
@@ -116,6 +117,12 @@ class ModelRuntime:
             self._patches.pop().remove()
         for handler in self.handlers:
             handler.begin_run()
+
+    def stepped(self, position: Position, latents: torch.Tensor) -> torch.Tensor:
+        """The solver finished a step for which this model was called; each handler may correct the latents."""
+        for handler in self.handlers:
+            latents = handler.stepped(position, latents)
+        return latents
 
     def bytes_held(self) -> int:
         """Bytes of tensors that the handlers keep now."""
@@ -308,7 +315,11 @@ class ModelRuntime:
         if site.kind == "module" and handler.wants_inputs(site):
             inputs = (kwargs.get("hidden_states", kwargs.get("input", args[0] if args else None)),)
         if handler.compute(site, call, inputs):
-            result = original(*args, **kwargs)
+            if handler.wants_attention(site, call):
+                with Watching(lambda attention: handler.attended(site, call, attention)):
+                    result = original(*args, **kwargs)
+            else:
+                result = original(*args, **kwargs)
             features, rebuild = _flatten(result)
             self._shapes[site, occurrence] = rebuild
             handler.computed(site, occurrence, call, inputs, features)

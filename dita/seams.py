@@ -10,6 +10,8 @@ from typing import Literal, Protocol
 
 import torch
 
+from dita.attention_maps import Attention
+
 Features = tuple[torch.Tensor | None, ...]
 """What passes through a site: (hidden [B, N, C], text stream or None) of a span; the outputs of a module or model."""
 
@@ -126,8 +128,24 @@ class Handler(Protocol):
     def rehearsed(self, site: Site, call: Call, outputs: Features) -> None:
         """It was: `outputs` are what it puts out when nothing inside it is skipped."""
 
+    def wants_attention(self, site: Site, call: Call) -> bool:
+        """Say whether this module, which runs, is to be watched for the attentions in it."""
+        ...
+
+    def attended(self, site: Site, call: Call, attention: Attention) -> None:
+        """The module is about to attend."""
+
     def end_call(self, call: Call) -> None:
         """The transformer returned."""
+
+    def stepped(self, position: Position, latents: torch.Tensor) -> torch.Tensor:
+        """The solver finished a step on this model: return the latents to go on from, the same tensor if unchanged.
+
+        Args:
+            position: of the step; its branch is "".
+            latents: as the scheduler returned them.
+        """
+        ...
 
     def bytes_held(self) -> int:
         """Bytes of tensors kept between calls."""
