@@ -28,6 +28,7 @@ from dita.caching.magcache import MagCache
 from dita.caching.magnitude import MagnitudeTable
 from dita.caching.pab import PAB
 from dita.caching.profilingdit import ProfilingDiT
+from dita.caching.qandc import QandC
 from dita.caching.smoothcache import SmoothCache
 from dita.caching.speca import SpeCa
 from dita.caching.table import Table
@@ -59,6 +60,7 @@ __all__ = [
     "MagCache",
     "MagnitudeTable",
     "ProfilingDiT",
+    "QandC",
     "Rescaling",
     "SmoothCache",
     "SpeCa",

@@ -9,41 +9,36 @@ run. Anchors lie T(s) = longest - (longest - shortest) (s - warmup) / (steps - w
 where `anchors` says. `reuse` also offers the foreground blocks, or both in turn. How: reuse.
 
 The label: with a_j the attention that image token j receives, averaged over queries and heads, R is the share of the
-foreground's tokens whose a_j is among the upper half of their frame, averaged over frames and steps; a block with
-R < `threshold` is background.
+foreground's tokens whose a_j is among the upper half of their frame, averaged over frames and steps; the `fraction` of
+blocks with the least R is background.
 
 Confidence: low for the labels, which the authors' code holds as lists only. The paper thresholds a_i = 1/N sum_j A_ij,
-which is 1/N for every row of a softmax; its text sums over rows, as here. It names neither threshold: the median of a
-frame and 0.5 are where a block without preference would stand. It has SAM2 find the foreground in the first principal
-components of the predicted noise; here Otsu's threshold on the first component cuts the tokens in two, and the part
-that touches the frame's border less is the foreground. The schedule and the residuals are those of the authors' code,
-which runs uniform anchors on Wan and `PUBLISHED_ANCHORS` on HunyuanVideo, with the background blocks in both.
+which is 1/N for every row of a softmax; its text sums over rows, as here. It names neither the threshold of a nor that
+of R: here a frame's median, and a fraction of the blocks (the authors' lists hold 28 of 40 on Wan, 24 of 40 on
+HunyuanVideo). It has SAM2 find the foreground in the principal components of the predicted noise; here Otsu's
+threshold on the first one cuts the tokens in two, and the part that touches the frame's border less is the foreground.
+The schedule and the residuals are those of the authors' code, which runs uniform anchors on Wan and
+`PUBLISHED_ANCHORS` on HunyuanVideo, and skips the background blocks in both.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import torch
-from torch.nn import functional
-
 from dita.anatomy import Anatomy
-from dita.attention_maps import Attention
 from dita.caching.base import check_number, check_whole
 from dita.caching.engine import Recipe
+from dita.caching.foreground import Profiler
 from dita.caching.policy import Policy, Verdict, View
-from dita.caching.table import CalibratedMethod, Measurement, Recorder, Table, measure, table_for
+from dita.caching.table import CalibratedMethod, Measurement, Table, measure, table_for
 from dita.errors import DitaError
-from dita.grid import channel_axis
 from dita.registry import register
-from dita.seams import Features, Site
+from dita.seams import Site
 
 _REUSE = ("background", "foreground", "split", "alternate")
-_EVERY = 5  # steps between two profiled ones: the authors find the shares steady over the run
 _NEVER = 1e30  # share of a block without self-attention
 
 PUBLISHED_ANCHORS = (6, 18, 26, 32, 38, 42, 46, 48)
@@ -87,79 +82,6 @@ def runs_of(blocks: Sequence[int]) -> list[tuple[int, int]]:
     return [(run[0], run[-1]) for run in runs]
 
 
-def foreground(noise: torch.Tensor) -> torch.Tensor:
-    """Cut the tokens in two by their first principal component; the part that touches the border less is wanted.
-
-    Args:
-        noise: predicted noise per token [B, C, T, H, W].
-
-    Returns:
-        bool [B, T, H, W]; all False for a sample that is constant.
-
-    Example:
-        >>> noise = torch.zeros(1, 2, 1, 4, 4)
-        >>> noise[..., 1:3, 1:3] = 1
-        >>> foreground(noise)[0, 0].long().tolist()
-        [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
-    """
-    border = torch.ones(noise.shape[2:], dtype=torch.bool, device=noise.device)
-    border[:, 1:-1, 1:-1] = False
-    masks = []
-    for sample in noise:
-        tokens = sample.flatten(1).T.double()
-        tokens = tokens - tokens.mean(0)
-        score = tokens @ torch.linalg.eigh(tokens.T @ tokens)[1][:, -1]
-        ordered = score.sort()[0]
-        count = torch.arange(1, len(score), device=score.device)
-        # With the total 0, the variance between the two parts is sum^2 (1/n + 1/m) up to a factor.
-        between = ordered.cumsum(0)[:-1].square() * (1 / count + 1 / (len(score) - count))
-        mask = (score > ordered[between.argmax()]).reshape(border.shape)
-        masks.append(mask if mask[border].float().mean() <= 0.5 else ~mask)
-    return torch.stack(masks)
-
-
-def foreground_share(received: torch.Tensor, mask: torch.Tensor) -> list[float]:
-    """The share R of the foreground that is among the half of its frame with the most attention.
-
-    Args:
-        received: attention per token [B, T, H, W].
-        mask: the foreground, bool of the same shape.
-
-    Returns:
-        one number per frame that has a foreground.
-
-    Example:
-        >>> foreground_share(torch.tensor([[[[3.0, 2.0, 1.0, 0.0]]]]), torch.tensor([[[[True, False, True, False]]]]))
-        [0.5]
-    """
-    frames, masks = received.flatten(0, 1).flatten(1), mask.flatten(0, 1).flatten(1)
-    high = frames > frames.quantile(0.5, dim=1, keepdim=True)
-    counts = masks.sum(1)
-    shares = (high & masks).sum(1) / counts.clamp_min(1)
-    return shares[counts > 0].tolist()
-
-
-def noise_per_token(noise: torch.Tensor, axis: int, grid: Sequence[int]) -> torch.Tensor:
-    """A model's output averaged over each token's patch.
-
-    Args:
-        noise: packed tokens [B, N, C], [B, C, H, W] or a film with its channels at `axis`.
-        axis: of the channels.
-        grid: frames, rows and columns of tokens.
-
-    Returns:
-        float32 [B, C, T, H, W].
-
-    Example:
-        >>> noise_per_token(torch.ones(1, 4, 8, 8), 1, (1, 4, 4)).shape
-        torch.Size([1, 4, 1, 4, 4])
-    """
-    noise = noise.detach().float().movedim(axis, 1)
-    if noise.ndim == 3:
-        return noise.unflatten(2, tuple(grid))
-    return functional.adaptive_avg_pool3d(noise if noise.ndim == 5 else noise[:, :, None], tuple(grid))
-
-
 class Anchored(Policy):
     """Skip a set of sites between anchors.
 
@@ -188,47 +110,6 @@ class Anchored(Policy):
         return Verdict(False, f"set {turn} of {method.reuse}", computes=lambda site: site not in skipped)
 
 
-class _Profiler(Recorder):
-    """Compares what the blocks attend to with the foreground of the predicted noise, every few steps."""
-
-    watch_attention = True
-
-    def __init__(self, sink: Measurement, anatomy: Anatomy) -> None:
-        super().__init__(sink)
-        self.anatomy = anatomy
-        self._received: dict[int, list[torch.Tensor]] = {}
-
-    def attended(self, site: Site, attention: Attention, view: View) -> None:
-        """Sum the columns of self-attention's map over the image tokens."""
-        count, tokens = attention.query.shape[2], math.prod(view.grid)
-        if view.position.local_step % _EVERY or attention.key.shape[2] != count:
-            return
-        image = slice(None) if count == tokens else None
-        if count > tokens and self.anatomy.text_at:
-            image = slice(count - tokens, None) if self.anatomy.text_at == "first" else slice(tokens)
-        if not view.grid or image is None:
-            raise DitaError(
-                f"profilingdit cannot tell which of the {count} queries in {site.name} of {self.anatomy.name} are the "
-                f"image tokens {view.grid}: give the profile as `table`, or use another method"
-            )
-        self._received.setdefault(site.block, []).append(attention.received(image)[:, image])
-
-    def saw(self, site: Site, inputs: Features, outputs: Features, view: View) -> None:
-        """The predicted noise is there: find its foreground."""
-        noise, latents = outputs[0], inputs[0] if inputs else None
-        if site.kind != "model" or not self._received or noise is None or latents is None:
-            return
-        axis = channel_axis(self.anatomy.model, latents)
-        # Models that also predict a variance return it behind the noise.
-        noise = noise.narrow(axis, 0, min(noise.shape[axis], latents.shape[axis]))
-        mask = foreground(noise_per_token(noise, axis, view.grid))
-        for block, pieces in self._received.items():
-            # Some processors attend sample by sample, some blocks more than once.
-            received = torch.cat(pieces).unflatten(0, (-1, len(mask))).mean(0).unflatten(1, view.grid)
-            self.sink.seen.setdefault(str(block), []).extend(foreground_share(received, mask))
-        self._received.clear()
-
-
 @register
 @dataclass(frozen=True)
 class ProfilingDiT(CalibratedMethod):
@@ -237,8 +118,7 @@ class ProfilingDiT(CalibratedMethod):
     Attributes:
         reuse: the blocks to skip: "background", "foreground", "split" (foreground, background from `switch` on) or
             "alternate" (foreground and background by turns from anchor to anchor).
-        threshold: share of the foreground that a block's attention must cover to be labelled foreground; above 1 all
-            blocks are background.
+        fraction: of the blocks that are labelled background, at least one.
         warmup: first steps, all computed.
         longest, shortest: distance of anchors at the start and at the end; both 1 compute all.
         anchors: the anchor steps themselves, in place of distances.
@@ -254,7 +134,7 @@ class ProfilingDiT(CalibratedMethod):
     """
 
     reuse: str = "background"
-    threshold: float = 0.5
+    fraction: float = 0.7
     warmup: int = 6
     longest: int = 6
     shortest: int = 6
@@ -281,7 +161,7 @@ class ProfilingDiT(CalibratedMethod):
         """Check ranges."""
         if self.reuse not in _REUSE:
             raise DitaError(f"reuse is {self.reuse!r}; expected one of {', '.join(_REUSE)}")
-        check_number("threshold", self.threshold, 0)
+        check_number("fraction", self.fraction, 0, 1)
         check_number("switch", self.switch, 0, 1)
         check_whole("warmup", self.warmup, 0)
         check_whole("longest", self.longest, 1)
@@ -313,19 +193,17 @@ class ProfilingDiT(CalibratedMethod):
         """
         values, count = table_for(self.name, self.table, anatomy).values, len(anatomy.blocks)
         if "share" in values:
-            shares = list(enumerate(values["share"]))
-            background = tuple(n for n, share in shares if share < self.threshold)
-            front = tuple(n for n, share in shares if self.threshold <= share < _NEVER)
+            known = [(share, number) for number, share in enumerate(values["share"]) if share < _NEVER]
+            cut = max(1, round(self.fraction * len(known)))
+            background, front = (tuple(n for _, n in part) for part in (sorted(known)[:cut], sorted(known)[cut:]))
         else:
             background, front = values["background"], values["foreground"]
-        beyond = max((*background, *front), default=-1)
         needed = {"background": background, "foreground": front}.get(self.reuse, background + front)
-        if beyond >= count or not needed:
-            known = [round(share, 3) for share in values.get("share", ()) if share < _NEVER]
-            why = f"names block {beyond}" if beyond >= count else f"labels no block {self.reuse} at {self.threshold:g}"
+        if not needed or max(background + front) >= count:
             raise DitaError(
-                f"the profile {why}, and {anatomy.name} has {count} blocks (shares: {known}); choose another "
-                "threshold or table"
+                f"of {anatomy.name}'s {count} blocks this profile labels {list(background)} background and "
+                f"{list(front)} foreground: with reuse {self.reuse!r} there is nothing to skip, or the table is of "
+                "another model"
             )
         return background, front
 
@@ -336,7 +214,7 @@ class ProfilingDiT(CalibratedMethod):
         def build(anatomy: Anatomy, sink: Measurement) -> Recipe:
             watch = (Site("model", "model"), *(part.site for part in anatomy.attentions(cross=False)))
             counts.append(len(anatomy.blocks))
-            return Recipe(what="trunk", when=lambda: _Profiler(sink, anatomy), watch=watch)
+            return Recipe(what="trunk", when=lambda: Profiler(sink, anatomy), watch=watch)
 
         sink = measure(pipe, call, build)
         if not sink.seen:
@@ -356,9 +234,9 @@ class ProfilingDiT(CalibratedMethod):
     @classmethod
     def forced(cls) -> ProfilingDiT:
         """All blocks, two steps of three."""
-        return cls(threshold=2.0, warmup=1, longest=3, shortest=3)
+        return cls(fraction=1.0, warmup=1, longest=3, shortest=3)
 
     @classmethod
     def ladder(cls) -> tuple[ProfilingDiT, ...]:
-        """Shrinking and uniform distances, then more blocks."""
-        return (cls(longest=4, shortest=2), cls(), cls(longest=12, shortest=2), cls(threshold=2.0))
+        """Half of the blocks, as many as on Wan, nearly all; then at longer distances."""
+        return (cls(fraction=0.5), cls(), cls(fraction=0.9), cls(fraction=0.9, longest=12, shortest=4))
