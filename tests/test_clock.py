@@ -82,7 +82,8 @@ def test_finished_steps_may_be_corrected(cls: Any, return_dict: bool) -> None:
     clock = RunClock(lambda: scheduler, lambda: None, lambda: None, on_step)
     clock.attach()
     sample = torch.ones(1, 4, 4, 4)
-    scheduler.set_timesteps(3), plain.set_timesteps(3)
+    for each in (scheduler, plain):
+        each.set_timesteps(3)
     corrected = []
     for timestep in scheduler.timesteps:
         assert clock.position(3, None) is not None
