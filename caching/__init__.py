@@ -30,6 +30,8 @@ from dita.caching.lightcache import LightCache
 from dita.caching.magcache import MagCache
 from dita.caching.magnitude import MagnitudeTable
 from dita.caching.pab import PAB
+from dita.caching.profilingdit import ProfilingDiT
+from dita.caching.qandc import QandC
 from dita.caching.smoothcache import SmoothCache
 from dita.caching.speca import SpeCa
 from dita.caching.table import Table
@@ -64,6 +66,8 @@ __all__ = [
     "LightCache",
     "MagCache",
     "MagnitudeTable",
+    "ProfilingDiT",
+    "QandC",
     "Rescaling",
     "SmoothCache",
     "SpeCa",

@@ -21,7 +21,7 @@ from dita.caching.engine import CacheHandler
 from dita.caching.storage import Storage, bytes_of
 from dita.errors import DitaError
 from dita.reporting import in_bytes
-from dita.seams import Call, Features, Fresh, Handler, Site
+from dita.seams import Call, Features, Fresh, Handler, Position, Site
 
 
 class Seen(NamedTuple):
@@ -229,6 +229,10 @@ class BudgetHandler(Handler):
     def rehearsed(self, site: Site, call: Call, outputs: Features) -> None:
         """See `CacheHandler.rehearsed`."""
         self._now.rehearsed(site, call, outputs)
+
+    def stepped(self, position: Position, latents: torch.Tensor) -> torch.Tensor:
+        """See `CacheHandler.stepped`."""
+        return self._now.stepped(position, latents)
 
     def end_call(self, call: Call) -> None:
         """Say what was chosen, whenever more has been seen."""

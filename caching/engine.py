@@ -14,7 +14,7 @@ from dita.caching.history import History
 from dita.caching.policy import Guards, Policy, Verdict, View, relative_l1
 from dita.caching.storage import Storage, bytes_of
 from dita.errors import DitaError
-from dita.seams import Call, Features, Fresh, Handler, Site
+from dita.seams import Call, Features, Fresh, Handler, Position, Site
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Recipe:
         watch: sites that the policy sees besides.
         attend: attention modules whose queries, keys and values the policy sees at computed steps.
         verify: the span of one block that is run for real too, on steps that the policy wants verified.
+        correct: given the position of a finished solver step and its latents, returns those to go on from.
     """
 
     what: str
@@ -54,6 +55,7 @@ class Recipe:
     watch: tuple[Site, ...] = ()
     attend: tuple[Site, ...] = ()
     verify: Site | None = None
+    correct: Callable[[Position, torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass
@@ -352,6 +354,10 @@ class CacheHandler(Handler):
     def rehearsed(self, site: Site, call: Call, outputs: Features) -> None:
         """Keep what the block really puts out until its draft is there."""
         self._exact = outputs
+
+    def stepped(self, position: Position, latents: torch.Tensor) -> torch.Tensor:
+        """Correct the latents, if the recipe does."""
+        return latents if self.recipe.correct is None else self.recipe.correct(position, latents)
 
     def end_call(self, call: Call) -> None:
         """Tell the policy how the call went."""

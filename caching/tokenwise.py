@@ -337,7 +337,7 @@ class TokenWise(Policy):
         return torch.cat([scores[:, :start], better, scores[:, start + image :]], 1)
 
     def keeps(self, site: Site, inputs: Features, outputs: Features) -> Features:
-        """A score of every token that an attention saw; of every token that an MLP reads the score, and with its age."""
+        """A score of every token that an attention saw, and two, young and aged, of every token that an MLP reads."""
         first = outputs[0]
         if first is None or site.kind != "module":
             return ()

@@ -111,6 +111,11 @@ class Anatomy:
         """Class name of the transformer."""
         return type(self.model).__name__
 
+    @property
+    def text_at(self) -> str:
+        """Where text tokens stand in joint attention: "first", "last", or "" for nowhere or unknown."""
+        return next((block.entry.text for block in self.blocks if "encoder" in block.entry.returns), "")
+
     def span(self, first: int, last: int) -> Site:
         """The site of blocks first..last, both included."""
         if not 0 <= first <= last < len(self.blocks):

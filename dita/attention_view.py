@@ -24,8 +24,9 @@ class Attended:
     Attributes:
         q: [B, H, N, D].
         k, v: [B, H, M, D], perhaps with fewer heads, each serving several of q's.
-        mask: bool or added to the logits, broadcast to [B, H, N, M]; None without one.
+        mask: bool, True where logits count, or added to them, broadcast to [B, H, N, M]; None without one.
         scale: of the logits; None for 1 / sqrt(D).
+        causal: a query sees no later keys.
     """
 
     q: torch.Tensor
@@ -33,6 +34,38 @@ class Attended:
     v: torch.Tensor
     mask: torch.Tensor | None = None
     scale: float | None = None
+    causal: bool = False
+
+    def rows(self, queries: slice = slice(None), elements: int = _ELEMENTS) -> Iterator[torch.Tensor]:
+        """Rows of the attention map in order, a few at a time.
+
+        Args:
+            queries: which rows; all by default.
+            elements: most numbers of a piece.
+
+        Yields:
+            float32 [B, H, n, M] with rows that sum to 1, or to 0 where a query sees no key.
+
+        Example:
+            >>> q = torch.zeros(1, 2, 5, 4)
+            >>> [tuple(piece.shape) for piece in Attended(q, q, q).rows(elements=20)]
+            [(1, 2, 2, 5), (1, 2, 2, 5), (1, 2, 1, 5)]
+        """
+        batch, heads, count, width = self.q.shape
+        scale = 1 / math.sqrt(width) if self.scale is None else self.scale
+        keys = self.k.float().repeat_interleave(heads // self.k.shape[1], 1).transpose(-2, -1)
+        size = max(1, elements // max(1, batch * heads * keys.shape[-1]))
+        start, stop, _ = queries.indices(count)
+        for first in range(start, stop, size):
+            last = min(first + size, stop)
+            logits = self.q[:, :, first:last].float() * scale @ keys
+            if self.causal:
+                place = torch.arange(max(keys.shape[-1], last), device=logits.device)
+                logits = logits.masked_fill(place[: keys.shape[-1]] > place[first:last, None], -math.inf)
+            if self.mask is not None:
+                mask = self.mask if self.mask.shape[-2] == 1 else self.mask[..., first:last, :]
+                logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask.float()
+            yield logits.softmax(-1).nan_to_num(0.0)
 
     def maps(self) -> Iterator[torch.Tensor]:
         """The attention map, averaged over heads, in chunks of its rows [B, n, M], float32.
@@ -42,19 +75,30 @@ class Attended:
             >>> torch.cat(list(Attended(q, q, q).maps()), 1).shape
             torch.Size([1, 3, 3])
         """
-        batch, heads, rows, width = self.q.shape
-        scale = 1 / math.sqrt(width) if self.scale is None else self.scale
-        keys = self.k.float().repeat_interleave(heads // self.k.shape[1], 1).transpose(-2, -1)
-        size = max(1, _ELEMENTS // max(1, batch * heads * keys.shape[-1]))
-        for start in range(0, rows, size):
-            logits = self.q[:, :, start : start + size].float() * scale @ keys
-            if self.mask is not None:
-                mask = self.mask if self.mask.shape[-2] == 1 else self.mask[..., start : start + size, :]
-                logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
-            yield logits.softmax(-1).mean(1)
+        return (piece.mean(1) for piece in self.rows())
+
+    def received(self, queries: slice = slice(None)) -> torch.Tensor:
+        """How much attention each key gets of a query: the mean of its column of the map, averaged over heads.
+
+        Args:
+            queries: the rows it is the mean of; all by default.
+
+        Returns:
+            float32 [B, M]; sums to 1 over the keys.
+
+        Example:
+            >>> q = torch.zeros(1, 1, 2, 4)
+            >>> Attended(q, q, q).received()
+            tensor([[0.5000, 0.5000]])
+        """
+        total = torch.zeros(self.k.shape[0], self.k.shape[2], device=self.k.device)
+        for piece in self.rows(queries):
+            total += piece.sum(2).mean(1)
+        start, stop, _ = queries.indices(self.q.shape[2])
+        return total / max(1, stop - start)
 
     def column_mass(self) -> torch.Tensor:
-        """How much attention each key receives: column sums of the map averaged over heads (ToCa, s1).
+        """How much attention each key receives in all: column sums of the map averaged over heads (ToCa, s1).
 
         Returns:
             float32 [B, M]; each row sums to N.
@@ -64,10 +108,7 @@ class Attended:
             >>> Attended(q, q[:, :, :2], q[:, :, :2]).column_mass()
             tensor([[1.5000, 1.5000]])
         """
-        total = torch.zeros(self.k.shape[0], self.k.shape[2], device=self.k.device)
-        for rows in self.maps():
-            total += rows.sum(1)
-        return total
+        return self.received() * self.q.shape[2]
 
     def row_entropy(self, halves: bool = False) -> torch.Tensor:
         """How widely each query looks: entropy of the rows of the map averaged over heads, in nats (ToCa, s2).
@@ -131,11 +172,11 @@ class AttentionView(TorchFunctionMode):
         """See torch.overrides."""
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:
-            names = ("query", "key", "value", "attn_mask")
+            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
             given = {**dict(zip(names, args, strict=False)), **kwargs}
-            mask, scale = given.get("attn_mask"), given.get("scale")
+            mask, scale, causal = given.get("attn_mask"), given.get("scale"), bool(given.get("is_causal", False))
             # The mode is off in here: what `look` computes is not looked at.
-            self.look(Attended(given["query"], given["key"], given["value"], mask, scale))
+            self.look(Attended(given["query"], given["key"], given["value"], mask, scale, causal))
         return func(*args, **kwargs)
 
 

@@ -27,12 +27,19 @@ class RunClock:
         scheduler_of: returns the pipeline's present scheduler, which a user may replace at any time.
         on_start: called when a run starts.
         on_finish: called when the last step of a run returned.
+        on_step: called when a solver step is finished, after all its stages, with the number of the model called in it
+            (the first, if several), its position and the latents; returns the latents to go on from.
     """
 
     def __init__(
-        self, scheduler_of: Callable[[], Any], on_start: Callable[[], None], on_finish: Callable[[], None]
+        self,
+        scheduler_of: Callable[[], Any],
+        on_start: Callable[[], None],
+        on_finish: Callable[[], None],
+        on_step: Callable[[int, Position, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self._scheduler_of = scheduler_of
+        self._on_step = on_step
         self._on_start, self._on_finish = on_start, on_finish
         self._scheduler: Any = None
         self._patches: list[Patch] = []
@@ -100,6 +107,9 @@ class RunClock:
         if name in calls or len(calls) >= MAX_BRANCHES:
             return None
         calls.append(name)
+        return self._place(model, name)
+
+    def _place(self, model: int, branch: str) -> Position:
         order, begin, length = self.order, self.begin, len(self._scheduler.timesteps)
         step, stage = divmod(self.done, order)
         first = self._first_step.setdefault(model, step)
@@ -107,7 +117,7 @@ class RunClock:
             step=step,
             steps=math.ceil((length - begin) / order),
             stage=stage,
-            branch=name,
+            branch=branch,
             index=begin // order + step,
             schedule_length=math.ceil(length / order),
             local_step=step - first,
@@ -145,11 +155,29 @@ class RunClock:
             return result
         if self.done == 0:
             self._begin = self._find_begin(args, kwargs)
+        result = self._correct(result)
         self.done += 1
         self._calls.clear()
         if self.done >= self.evaluations:
             self.running = False
             self._on_finish()
+        return result
+
+    def _correct(self, result: Any) -> Any:
+        """Let the latents of a finished step be corrected, in whatever the scheduler wrapped them."""
+        whole = (self.done + 1) % self.order == 0 or self.done + 1 >= self.evaluations
+        if self._on_step is None or not whole or not self._calls:
+            return result
+        model = next(iter(self._calls))
+        old = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
+        if not isinstance(old, torch.Tensor):
+            return result
+        new = self._on_step(model, self._place(model, ""), old)
+        if new is old:
+            return result
+        if isinstance(result, tuple):
+            return (new, *result[1:])
+        result.prev_sample = new
         return result
 
     def _find_begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -35,6 +35,27 @@ def token_grid(model: Any, arguments: dict[str, Any], latents: torch.Tensor | No
     return found if rows and latents.ndim == 3 and latents.shape[1] == rows else ()
 
 
+def channel_axis(model: Any, latents: torch.Tensor) -> int:
+    """Which axis of latents holds the channels.
+
+    Args:
+        model: the transformer.
+        latents: packed tokens [B, N, C], images [B, C, H, W], or films [B, C, F, H, W]; CogVideoX alone puts frames
+            before channels.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> model = SimpleNamespace(config=SimpleNamespace(in_channels=16, out_channels=16))
+        >>> [channel_axis(model, torch.zeros(1, *rest)) for rest in [(9, 64), (4, 8, 8), (16, 3, 8, 8), (3, 16, 8, 8)]]
+        [2, 1, 1, 2]
+    """
+    if latents.ndim < 5:
+        return latents.ndim - 1 if latents.ndim == 3 else 1
+    config = getattr(model, "config", None)
+    counts = [getattr(config, name, None) for name in ("in_channels", "out_channels")]
+    return 2 if latents.shape[1] not in counts and latents.shape[2] in counts else 1
+
+
 def _of_patches(config: Any, latents: torch.Tensor) -> Grid:
     patch = getattr(config, "patch_size", 1) or 1
     across = patch[-1] if isinstance(patch, (tuple, list)) else int(patch)

@@ -119,6 +119,12 @@ class ModelRuntime:
         for handler in self.handlers:
             handler.begin_run()
 
+    def stepped(self, position: Position, latents: torch.Tensor) -> torch.Tensor:
+        """The solver finished a step for which this model was called; each handler may correct the latents."""
+        for handler in self.handlers:
+            latents = handler.stepped(position, latents)
+        return latents
+
     def bytes_held(self) -> int:
         """Bytes of tensors that the handlers keep now."""
         return sum(handler.bytes_held() for handler in self.handlers)

@@ -182,6 +182,15 @@ class Handler:
     def end_call(self, call: Call) -> None:
         """The transformer returned."""
 
+    def stepped(self, position: Position, latents: torch.Tensor) -> torch.Tensor:
+        """The solver finished a step on this model: return the latents to go on from, the same tensor if unchanged.
+
+        Args:
+            position: of the step; its branch is "".
+            latents: as the scheduler returned them.
+        """
+        return latents
+
     def bytes_held(self) -> int:
         """Bytes of tensors kept between calls."""
         return 0

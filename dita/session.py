@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from dita.anatomy import Anatomy, describe
@@ -16,6 +17,7 @@ from dita.errors import DitaError
 from dita.registry import resolve
 from dita.reporting import KEPT_RUNS, Report, RunReport
 from dita.runtime import ModelRuntime
+from dita.seams import Position
 
 P = TypeVar("P")
 _KEY = "_dita_session"
@@ -28,7 +30,7 @@ class Session:
     def __init__(self, pipe: Any, methods: tuple[Method, ...], anatomies: dict[str, Anatomy]) -> None:
         self.pipe, self.methods = pipe, methods
         self.labels = tuple(f"{m.name}({m.label()})" for m in methods)
-        self.clock = RunClock(lambda: pipe.scheduler, self._run_started, self._run_finished)
+        self.clock = RunClock(lambda: pipe.scheduler, self._run_started, self._run_finished, self._stepped)
         self.runs: list[RunReport] = []
         shares = [m.among(len(anatomies)) for m in methods]
         self.runtimes = [
@@ -73,6 +75,9 @@ class Session:
         run = self._current()
         run.steps, run.finished = self.clock.steps, True
         run.warn_if_idle(self._disabled)
+
+    def _stepped(self, model: int, position: Position, latents: torch.Tensor) -> torch.Tensor:
+        return self.runtimes[model].stepped(position, latents)
 
     def report(self) -> Report:
         """Gather the report; see `dita.report`."""

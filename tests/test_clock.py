@@ -18,6 +18,7 @@ from diffusers import (
 )
 
 from dita.clock import MAX_BRANCHES, RunClock
+from dita.seams import Position
 
 
 def attached(scheduler: Any) -> tuple[RunClock, dict[str, int]]:
@@ -66,6 +67,32 @@ def test_heun_has_two_stages(cls: Any) -> None:
     assert clock.steps == 4
     assert [p[:2] for p in drive(clock, scheduler)] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]
     assert events["finished"] == 1
+
+
+@pytest.mark.parametrize("cls", [DDIMScheduler, HeunDiscreteScheduler])
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_finished_steps_may_be_corrected(cls: Any, return_dict: bool) -> None:
+    """Once per solver step, after its last stage; what the scheduler returns besides the latents stays."""
+    scheduler, plain, seen = cls(), cls(), []
+
+    def on_step(model: int, position: Position, latents: torch.Tensor) -> torch.Tensor:
+        seen.append((model, position.step, position.index, position.branch))
+        return latents if position.step == 1 else latents + 1
+
+    clock = RunClock(lambda: scheduler, lambda: None, lambda: None, on_step)
+    clock.attach()
+    sample = torch.ones(1, 4, 4, 4)
+    for each in (scheduler, plain):
+        each.set_timesteps(3)
+    corrected = []
+    for timestep in scheduler.timesteps:
+        assert clock.position(3, None) is not None
+        new, old = (s.step(sample * 0.1, timestep, sample, return_dict=return_dict) for s in (scheduler, plain))
+        assert len(new) == len(old) and (not return_dict or torch.equal(new.prev_sample, new[0]))
+        corrected.append(torch.equal(new[0], old[0] + 1))
+        assert corrected[-1] or torch.equal(new[0], old[0])
+    assert corrected == ([True, False, True] if cls is DDIMScheduler else [False, True, False, False, True])
+    assert seen == [(3, n, n, "") for n in range(3)]
 
 
 def test_begin_is_read_from_set_begin_index() -> None:
