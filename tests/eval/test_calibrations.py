@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,13 @@ from dita.eval.task import task_of
 from dita.fingerprint import fingerprint
 
 
+def router() -> Any:
+    return bundled("fashion-dit", "harmonica")
+
+
 def test_the_shipped_router_is_of_the_shipped_pipeline():
-    pipe = load_pipeline("fashion-dit")
-    kept = bundled("fashion-dit", "harmonica")
+    pipe: Any = load_pipeline("fashion-dit")
+    kept = router()
     assert isinstance(kept, HarmoniCa) and kept.table is not None
     assert kept.table.model == fingerprint(pipe.transformer) and kept.table.scheduler == fingerprint(pipe.scheduler)
     assert kept.table.steps == 50 and kept.table.shape == (1, 32, 32)
@@ -30,9 +35,9 @@ def test_the_shipped_router_is_of_the_shipped_pipeline():
 
 
 def test_settings_take_the_table_that_they_would_train():
-    kept = bundled("fashion-dit", "harmonica")
-    settings = plan(50, ["harmonica", "taylorseer"])
-    changed = with_bundled(settings, "fashion-dit")
+    kept = router()
+    settings: Any = plan(50, ["harmonica", "taylorseer"])
+    changed: Any = with_bundled(settings, "fashion-dit")
     assert [s.key({}) for s in changed[6:]] == [s.key({}) for s in settings[6:]]
     assert all(s.config.table == kept.table for s in changed[1:6])
     assert [s.config.threshold for s in changed[1:6]] == [s.config.threshold for s in settings[1:6]]
@@ -53,14 +58,17 @@ def test_what_is_trained_is_trained_once_on_samples_of_chance(tiny, monkeypatch)
             torch.manual_seed(seed)
             call(pipe)
         trained.append(self)
-        return replace(self, table=bundled("fashion-dit", "harmonica").table)
+        return replace(self, table=router().table)
 
     monkeypatch.setattr(HarmoniCa, "calibrated", calibrated)
+    mild: Any
+    strong: Any
     mild, strong = (Setting("harmonica", "", 4, HarmoniCa(threshold=t)) for t in (0.1, 0.5))
     with torch.random.fork_rng():
-        first, taken = bench._calibrated(mild)
-        second, nothing = bench._calibrated(strong)
-        other, again = bench._calibrated(Setting("harmonica", "", 4, HarmoniCa(beta=1.0)))
+        calibrated_by: Any = bench._calibrated
+        first, taken = calibrated_by(mild)
+        second, nothing = calibrated_by(strong)
+        other, again = calibrated_by(Setting("harmonica", "", 4, HarmoniCa(beta=1.0)))
     assert taken is not None and nothing is None and again is not None
     assert trained == [mild.config, other.config.replace(table=None)]
     assert second.config == strong.config.replace(table=first.config.table)
@@ -70,6 +78,6 @@ def test_what_is_trained_is_trained_once_on_samples_of_chance(tiny, monkeypatch)
 
 @pytest.mark.parametrize("folder", ["fashion-dit", "anywhere/fashion-dit"])
 def test_defaults_are_those_of_the_shipped_training(folder):
-    kept = bundled(folder, "harmonica")
+    kept: Any = bundled(folder, "harmonica")
     assert all(getattr(kept, name) == getattr(HarmoniCa(), name) for name in HarmoniCa.shaping)
     assert task_of("eval/models/fashion-dit").guidance == 3.0
