@@ -342,8 +342,15 @@ class TokenWise(Policy):
         if first is None or site.kind != "module":
             return ()
         seen = sum(t.shape[1] for t in outputs if t is not None) if site in self.layout.scored.values() else 0
-        aged = 2 * first.shape[1] if site in self.layout.row_wise and site.block in self.layout.scored else 0
+        aged = 2 * first.shape[1] if self._ages(site) else 0
         return tuple(first.new_empty(len(first), count, dtype=torch.float32) for count in (seen, aged) if count)
+
+    def _ages(self, site: Site) -> bool:
+        """An MLP whose tokens are chosen; where it is two layers beside the attention, the first chooses for both."""
+        if site not in self.layout.row_wise or site.block not in self.layout.scored:
+            return False
+        beside = (s for s in self.layout.sites if s.block == site.block and s in self.layout.row_wise)
+        return site.block not in self.layout.beside or site == next(beside)
 
     def bytes_held(self) -> int:
         """Scores, as they were and with what age adds."""

@@ -15,12 +15,16 @@ METHODS = registry.names()
 THREE = ("dit", "flux", "wan")
 
 
-def configured(name: str, kind: str, tiny: str, pipe: Any) -> Method:
-    """The method's disabled() or forced() setting, calibrated on `pipe` where it must be."""
+def configured(name: str, kind: str, tiny: str) -> Method:
+    """The method's disabled() or forced() setting, calibrated where it must be."""
     config: Method = getattr(registry.get(name), kind)()
-    if config.needs_calibration and kind != "disabled":
-        config = config.calibrated(pipe, TINY[tiny].call)
-    return config
+    return calibrated(config, tiny) if config.needs_calibration and kind != "disabled" else config
+
+
+@functools.cache
+def calibrated(config: Method, tiny: str) -> Method:
+    """The setting measured on a pipeline of its own, once: all pipelines of a name have the same weights."""
+    return config.calibrated(TINY[tiny].build(), TINY[tiny].call)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @functools.cache

@@ -110,6 +110,17 @@ LINEARS = {
     "wan": 4 * (4 * 2 * 1024 + 2 * 2 * 1024 + 2 * 2 * 6 * 32 + 2 * 32 * (32 + 64)),
 }
 
+# What ToCa keeps of modules: in Flux's single blocks (three) attention, the way into the MLP and the projection apart.
+APART = {"dit": 8 * 1024, "flux": 3 * 2 * 704 + 3 * 22 * (32 + 128 + 32), "wan": 12 * 1024}
+# Scores of tokens: one per attention block, two per MLP.
+SCORES = {"dit": 4 * 2 * 16 * 3, "flux": 6 * 22 + 3 * 2 * (16 + 6) + 3 * 2 * 22, "wan": 4 * 32 * 3}
+# int64 labels of image and text; at most 16 centroids per sample and stream.
+CLUSTERS = {
+    "dit": 2 * (2 * 16 + 16 * 32),
+    "flux": 2 * 16 + 16 * 32 + 2 * 6 + 6 * 32,
+    "wan": 2 * 32 + 16 * 32,
+}
+
 # Settings whose run of 8 steps computes as many as there are anchors.
 ENOUGH: dict[str, dict[str, Any]] = {"dicache": {"retention": 0.5}, "speca": {"most": 2}}
 
@@ -160,6 +171,18 @@ FORMULAS: dict[str, tuple[str, Callable[[Numbers, Any, str], int]]] = {
     "cachequant": ("one residual", lambda n, m, _: n.image),
     "icc": ("input and output of every linear layer", lambda n, m, tiny: LINEARS[tiny]),
     "lightcache": ("one trunk output", lambda n, m, _: n.image),
+    "harmonica": ("one per module", lambda n, m, _: n.modules),
+    "profilingdit": ("one residual per run of blocks; all blocks are one", lambda n, m, _: n.image),
+    "qandc": ("one per module; mu and K belong to the table", lambda n, m, _: n.modules),
+    "toca": (
+        "every module and a score per token and attention; per MLP the score again, and with its age",
+        lambda n, m, tiny: APART[tiny] + SCORES[tiny],
+    ),
+    "duca": ("ToCa's, and the last block's output", lambda n, m, tiny: APART[tiny] + SCORES[tiny] + n.image),
+    "clusca": (
+        "TaylorSeer's; per token the cluster (8 bytes), and the centroids, of the last block that has MLPs apart",
+        lambda n, m, tiny: (m.order + 1) * n.modules + CLUSTERS[tiny],
+    ),
 }
 
 
@@ -173,7 +196,7 @@ def run(tiny: str, method: Any, **call: Any) -> tuple[torch.Tensor, Any]:
 @pytest.mark.parametrize("name", METHODS)
 def test_bytes_held_are_the_formulas(name: str, tiny: str) -> None:
     pipe = TINY[tiny].build()
-    method: Any = configured(name, "forced", tiny, pipe).replace(**ENOUGH.get(name, {}))
+    method: Any = configured(name, "forced", tiny).replace(**ENOUGH.get(name, {}))
     numbers, anatomy = TINIES[tiny], describe(pipe.transformer)
     words, formula = FORMULAS[name]
     by_hand = FLOAT * numbers.branches * formula(numbers, method, tiny)

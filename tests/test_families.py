@@ -20,7 +20,7 @@ OTHERS = [name for name in TINY if name not in THREE]
 @pytest.mark.parametrize("method", METHODS)
 def test_skips_and_comes_off(method: str, tiny: str) -> None:
     pipe = TINY[tiny].build()
-    config = configured(method, "forced", tiny, pipe)
+    config = configured(method, "forced", tiny)
     TINY[tiny].call(pipe)
     before = snapshot(pipe)
     dita.accelerate_pipeline(pipe, config)
@@ -84,7 +84,7 @@ def test_heun_keeps_a_stream_per_stage() -> None:
 def test_image_to_image_with_every_method(method: str, strength: float, steps: int) -> None:
     tiny = TINY["flux-img2img"]
     pipe = tiny.build()
-    config = configured(method, "forced", "flux-img2img", pipe)
+    config = configured(method, "forced", "flux-img2img")
     base = tiny.call(pipe, strength=strength)
     dita.accelerate_pipeline(pipe, config)
     first = tiny.call(pipe, strength=strength)

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.parametrize("tiny", THREE), pytest.mark.parametrize("m
 
 def build(method: str, tiny: str, kind: str = "forced") -> Any:
     pipe = TINY[tiny].build()
-    return dita.accelerate_pipeline(pipe, configured(method, kind, tiny, pipe))
+    return dita.accelerate_pipeline(pipe, configured(method, kind, tiny))
 
 
 def test_disabled_is_bit_identical(method: str, tiny: str) -> None:
@@ -30,7 +30,7 @@ def test_disabled_is_bit_identical(method: str, tiny: str) -> None:
 
 def test_forced_skips_and_restores(method: str, tiny: str) -> None:
     pipe = TINY[tiny].build()
-    config = configured(method, "forced", tiny, pipe)
+    config = configured(method, "forced", tiny)
     TINY[tiny].call(pipe)
     before = snapshot(pipe)
     weights = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}

@@ -237,7 +237,7 @@ def test_gradients_are_left_alone_and_said() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_bfloat16(method: str) -> None:
     pipe = DIT.build().to(torch.bfloat16)
-    config = configured(method, "forced", "dit", pipe)
+    config = configured(method, "forced", "dit")
     dita.accelerate_pipeline(pipe, config)
     assert DIT.call(pipe).isfinite().all() and dita.report(pipe).last.reused > 0
     kept = [

@@ -19,7 +19,7 @@ from dita.errors import DitaError
 def run(method: str, **changes: Any) -> tuple[torch.Tensor, Any]:
     tiny = TINY["dit"]
     pipe = tiny.build()
-    config = configured(method, "forced", "dit", pipe).replace(**changes)
+    config = configured(method, "forced", "dit").replace(**changes)
     dita.accelerate_pipeline(pipe, config)
     return tiny.call(pipe), dita.report(pipe).last
 
