@@ -108,31 +108,31 @@ def _replace(model: nn.Module, substitutes: dict[nn.Module, nn.Module]) -> None:
                 setattr(parent, name, substitutes[child])
 
 
-def big_flux() -> tuple[Any, Sampling]:
-    """The random-weight pipeline of 20 blocks, and how it is called."""
+def big_flux() -> tuple[Any, dict[str, Any]]:
+    """The random-weight pipeline of 20 blocks, and the arguments it is called with."""
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
         in_channels=64, num_layers=6, num_single_layers=14, attention_head_dim=64, num_attention_heads=4,
         joint_attention_dim=64, pooled_projection_dim=32, axes_dims_rope=(16, 24, 24),
     )  # fmt: skip
-    vae = AutoencoderKL(block_out_channels=(32,) * 4, latent_channels=16, down_block_types=("DownEncoderBlock2D",) * 4,
-                        up_block_types=("UpDecoderBlock2D",) * 4)  # fmt: skip
-    parts: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    pipe: Any = FluxPipeline(FlowMatchEulerDiscreteScheduler(), vae, transformer=transformer.eval(), **parts)
+    sizes: Any = {"block_out_channels": (32,) * 4, "latent_channels": 16}
+    sizes |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    parts: Any = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    parts |= {"vae": AutoencoderKL(**sizes), "transformer": transformer.eval()}
+    pipe: Any = FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), **parts)
     pipe.set_progress_bar_config(disable=True)
     embeds = {"prompt_embeds": torch.randn(1, 32, 64), "pooled_prompt_embeds": torch.randn(1, 32)}
-    return pipe, Sampling(1, 1, 20, 3.5, 0, None, {"height": 256, "width": 256, "output_type": "latent", **embeds})
+    return pipe, {"height": 256, "width": 256, "output_type": "latent", **embeds}
 
 
 def loaded(name: str, batch: int, steps: int) -> tuple[Any, Callable[[], Any]]:
     """A pipeline, and what runs it once."""
     if name == BIG:
-        pipe, sampling = big_flux()
-        call = sampling.call
-        return pipe, lambda: pipe(num_inference_steps=steps, generator=torch.Generator().manual_seed(0), **call).images
+        pipe, call = big_flux()
+        return pipe, lambda: pipe(num_inference_steps=steps, generator=torch.Generator().manual_seed(0), **call)
     pipe, task = load_pipeline(name), task_of(pipeline_folder(name))
     sampling = Sampling(batch, batch, steps, task.guidance, 0, task.prompts(batch), task.call)
-    return pipe, lambda: draw(pipe, sampling, range(batch)).media
+    return pipe, lambda: draw(pipe, sampling, range(batch))
 
 
 def bench(pipe: Any, run: Callable[[], Any], name: str, repeats: int, clock: Callable[[], float]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,16 +97,17 @@ def started(net: WorldNet) -> WorldNet:
     In a wider network the classifier's channels come first, and to them the other channels give nothing yet.
     """
     classifier = load_classifier()
-    grey = classifier.convs[0].weight.expand(-1, 3, -1, -1) / 3  # pyright: ignore[reportArgumentType, reportCallIssue]
-    for index, (conv, known) in enumerate(zip(net.convs, classifier.convs, strict=True)):
-        weight = grey if index == 0 else known.weight
-        out, into = weight.shape[:2]  # pyright: ignore[reportAttributeAccessIssue]
-        conv.weight[:out] = 0.0  # pyright: ignore[reportIndexIssue]
-        conv.weight[:out, :into] = weight  # pyright: ignore[reportIndexIssue]
-    for norm, known in zip(net.norms, classifier.norms, strict=True):
-        for name, values in known.state_dict().items():
-            mine = norm.state_dict()[name]
-            mine[: len(values)].copy_(values) if values.ndim else mine.copy_(values)
+    mine: Any
+    theirs: Any
+    for index, (mine, theirs) in enumerate(zip(net.convs, classifier.convs, strict=True)):
+        weight = theirs.weight.expand(-1, 3, -1, -1) / 3 if index == 0 else theirs.weight
+        out, into = weight.shape[:2]
+        mine.weight[:out] = 0.0
+        mine.weight[:out, :into] = weight
+    for mine, theirs in zip(net.norms, classifier.norms, strict=True):
+        for name, values in theirs.state_dict().items():
+            room = mine.state_dict()[name]
+            room[: len(values)].copy_(values) if values.ndim else room.copy_(values)
     kept, narrow = classifier.embed.weight.shape
     net.embed.weight[:kept, narrow:] = 0.0
     net.embed.weight[:kept, :narrow], net.embed.bias[:kept] = classifier.embed.weight, classifier.embed.bias

@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from dita.errors import DitaError
+from dita.eval.classifier import load_classifier
 from dita.eval.metrics.semantic import semantics
 from dita.eval.metrics.world import world_perceptual_distance
+from dita.eval.training.worldnet import started
 from dita.eval.world import COLOURS, GARMENTS, MOTIONS, Renderer, captions, read_caption
 from dita.eval.worldnet import BUNDLED, WorldNet, load_worldnet, views_of
 
@@ -160,3 +162,12 @@ def test_the_reference_belongs_to_the_network():
     for kind in ("scene", "clip"):
         parts = {name: value for name, value in measured[kind].items() if name != "all"}
         assert min(parts.values()) > 0.88, parts
+
+
+def test_a_wider_network_starts_from_what_the_classifier_sees():
+    net, classifier = started(WorldNet((20, 40, 72))).eval(), load_classifier()
+    grey = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for mine, theirs in zip(net.maps(grey.expand(-1, 3, -1, -1)), classifier.maps(grey), strict=True):
+        torch.testing.assert_close(mine[:, : theirs.shape[1]], theirs)
+    reading = net.read(net.embedding(torch.cat([grey.expand(-1, 3, -1, -1)] * 2, -1)))
+    torch.testing.assert_close(reading.garment[:, 0], classifier(grey))

@@ -1,0 +1,49 @@
+"""The benchmarks' own logic: what they compare with must be what they say."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipelines import TINY
+
+from dita.anatomy import describe
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from step_ideal import ideal
+
+
+def arguments(tiny: str) -> tuple[Any, Any, Any]:
+    """A transformer and the arguments of one call of it."""
+    pipe = TINY[tiny].build()
+    calls: list[Any] = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda _, a, k: calls.append((a, k)), with_kwargs=True)
+    TINY[tiny].call(pipe, steps=2)
+    hook.remove()
+    return pipe.transformer, *calls[-1]
+
+
+@pytest.mark.parametrize("tiny", ["dit", "flux", "wan"])
+@torch.no_grad()
+def test_the_ideal_runs_what_is_left_and_nothing_else(tiny: str) -> None:
+    model, args, kwargs = arguments(tiny)
+    anatomy = describe(model)
+    whole = model(*args, **kwargs)[0]
+    assert torch.equal(ideal(model, (), args, kwargs)(*args, **kwargs)[0], whole)
+    last = len(anatomy.blocks) - 1
+    for skipped, left in (((anatomy.span(1, last),), 1), ((anatomy.span(0, last),), 0)):
+        slim = ideal(model, skipped, args, kwargs)
+        ran: list[int] = []
+        for block in describe(slim).blocks:
+            if type(block.module) is type(anatomy.blocks[block.number].module):
+                block.module.register_forward_hook(lambda *_, ran=ran: ran.append(1))
+        output = slim(*args, **kwargs)[0]
+        assert output.shape == whole.shape and not torch.equal(output, whole) and len(ran) == left
+    sites = [part.site for part in anatomy.modules]
+    slim = ideal(model, sites, args, kwargs)
+    assert sum(p.numel() for p in slim.parameters()) < 0.8 * sum(p.numel() for p in model.parameters())
+    # What lies ready are the outputs of this very call, so that nothing is lost.
+    torch.testing.assert_close(slim(*args, **kwargs)[0], whole)
