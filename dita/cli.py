@@ -93,6 +93,7 @@ def sweep(
         list[str] | None, typer.Option("--call", "-c", help="Argument of the pipeline's call, as height=512; repeat.")
     ] = None,
     clip: Annotated[str | None, typer.Option(help="Folder or hub id of a CLIP model, for the CLIP score.")] = None,
+    pairs: Annotated[int | None, typer.Option(min=1, help="Timed batches per setting paired with a plain run.")] = None,
 ) -> None:
     """Measure speed against quality: methods x strengths on one pipeline. Resumes where it stopped.
 
@@ -115,6 +116,7 @@ def sweep(
         "prompts": prompts,
         "call": _arguments(call),
         "clip": clip,
+        "pairs": pairs,
     }
     options: dict[str, Any] = {}
     if file is not None:

@@ -54,7 +54,7 @@ class Bench:
     Attributes:
         pipe: a pipeline without acceleration.
         sampling: what every setting draws, all processes together.
-        pairs: how often a setting is timed side by side with the plain run, at least twice.
+        pairs: how often a setting is timed side by side with the plain run, as a rule twice or more.
         group: the processes that share the batches.
         advance: called after each batch, for a progress bar.
     """
@@ -126,7 +126,7 @@ class Bench:
                 if position in paired:
                     self._pair(setting, indices, taken, cost)
             self.advance()
-        while len(cost.plain_seconds) < _LEAST_PAIRS:
+        while len(cost.plain_seconds) < min(_LEAST_PAIRS, self.pairs):
             taken = self._timed(setting, first, Cost())[1]
             cost.seconds.append(taken)
             self._pair(setting, first, taken, cost)

@@ -46,6 +46,7 @@ def run_sweep(
     call: Mapping[str, Any] | None = None,
     published_metrics: bool | None = None,
     clip: str | Path | None = None,
+    pairs: int | None = None,
 ) -> Path:
     """Run every setting that is not yet in `out`, then write the table, the plot and the report of all of them.
 
@@ -71,6 +72,8 @@ def run_sweep(
         call: further arguments of the pipeline's call, such as {"height": 512}; over the pipeline's defaults.
         published_metrics: see `make_judge`.
         clip: folder or hub id of a CLIP model for the CLIP score.
+        pairs: timed batches per setting that are followed by the plain run of the same batch, at least 1; if None 2 in
+            a quick sweep, else 3. One will do where a call takes a minute.
 
     Returns:
         The path of report.html.
@@ -107,7 +110,7 @@ def run_sweep(
     with pinned_threads(threads) as used:
         surroundings = context(sampling, fingerprint(folder), judge.identity, used, device_name(place))
         surroundings |= {"task": Path(model).name, "dtype": dtype}
-        bench = Bench(pipe, sampling, _QUICK_PAIRS if quick else _PAIRS, group)
+        bench = Bench(pipe, sampling, pairs or (_QUICK_PAIRS if quick else _PAIRS), group)
         sweep = Sweep(Path(out), bench, judge, surroundings)
         sweep.run(chosen)
         return sweep.write(chosen, Path(model).name)

@@ -190,6 +190,11 @@ def test_too_few_batches_are_drawn_again(tiny):
     assert merge([cost], None)["flops_ratio"] is None
 
 
+def test_a_single_pair_is_enough_where_it_is_asked_for(tiny):
+    cost = Bench(tiny, Sampling(2, 1, 2, 3.0, 0), pairs=1).run(Setting(FEWER_STEPS, "1 steps", 1), ignore)
+    assert len(cost.seconds) == len(cost.plain_seconds) == 1
+
+
 def test_the_costs_of_several_processes_make_one_row():
     def cost(own: float, plain: float) -> Cost:
         return Cost(800, 4, [own, own], [plain], [own], [0.5], [10], notes=["same"], timeline={"all": "CR"})
