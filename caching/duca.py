@@ -34,7 +34,11 @@ _SPREADS = {
 @register
 @dataclass(frozen=True)
 class DuCa(ToCa):
-    """DuCa's settings: `interval`, `ratio`, `score`, `staleness` and `preset`, as ToCa's.
+    """DuCa's settings.
+
+    Attributes:
+        interval, ratio, staleness, preset: as ToCa's.
+        score: as ToCa's; "value" by default.
 
     Raises:
         DitaError: as ToCa.
