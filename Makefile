@@ -58,7 +58,7 @@ $(VENV)/.installed-eval: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --editable '.[dev,eval,notebooks,peers]'
+	$(BIN)/python -m pip install --no-compile --editable '.[dev,eval,notebooks,peers]'
 	@touch $@
 
 # Only training and a few tests read the images; elsewhere than on Debian dita.eval.data downloads them on first use.

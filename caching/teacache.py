@@ -19,7 +19,9 @@ published ones are used as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -131,6 +133,33 @@ class EntryChange(TablePolicy):
         return bytes_of([self._now, self._last])
 
 
+def fit(changes: Sequence[float], outcomes: Sequence[float]) -> list[float]:
+    """Fit the polynomial by least squares: of degree 4 as published, lower where the points cannot bear that.
+
+    Args:
+        changes: of the modulated input, at least one.
+        outcomes: changes of the model's output, as many.
+
+    Returns:
+        coefficients, the highest power first.
+
+    Example:
+        >>> [round(c, 3) for c in fit([0.1, 0.2, 0.4], [0.2, 0.4, 0.8])]
+        [0.0, 2.0, 0.0]
+        >>> fit([0.1, 0.1, 0.1], [0.25, 0.25, 0.25])
+        [0.25]
+    """
+    import numpy as np
+
+    for degree in range(min(_DEGREE, len(changes) - 1), 0, -1):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", np.exceptions.RankWarning)
+            with contextlib.suppress(np.exceptions.RankWarning):
+                found = np.polynomial.Polynomial.fit(changes, outcomes, degree).convert().coef
+                return [0.0] * (degree + 1 - len(found)) + [float(c) for c in found[::-1]]
+    return [float(np.mean(outcomes))]
+
+
 class _Recorder(Recorder):
     """Writes down both changes at each step."""
 
@@ -221,10 +250,9 @@ class TeaCache(CalibratedMethod):
 
         sink = measure(pipe, call, build)
         entry, output = np.array([pair for pairs in sink.seen.values() for pair in pairs]).reshape(-1, 2).T
-        degree = min(_DEGREE, max(0, len(entry) - 1))
-        coefficients = np.polyfit(entry, output, degree) if len(entry) else np.zeros(1)
+        coefficients = fit(entry, output) if len(entry) else [0.0]
         limits = (float(entry.min()), float(entry.max())) if len(entry) else (0.0, 1.0)
-        values = {"coefficients": [float(c) for c in coefficients], "range": limits}
+        values = {"coefficients": coefficients, "range": limits}
         return replace(self, table=sink.table(Rescaling, values, pipe))
 
     @classmethod

@@ -15,16 +15,16 @@ METHODS = registry.names()
 THREE = ("dit", "flux", "wan")
 
 
-def configured(name: str, kind: str, tiny: str) -> Method:
-    """The method's disabled() or forced() setting, calibrated where it must be."""
+def configured(name: str, kind: str, tiny: str, steps: int = 8) -> Method:
+    """The method's disabled() or forced() setting, calibrated where it must be, for runs of that many steps."""
     config: Method = getattr(registry.get(name), kind)()
-    return calibrated(config, tiny) if config.needs_calibration and kind != "disabled" else config
+    return calibrated(config, tiny, steps) if config.needs_calibration and kind != "disabled" else config
 
 
 @functools.cache
-def calibrated(config: Method, tiny: str) -> Method:
+def calibrated(config: Method, tiny: str, steps: int) -> Method:
     """The setting measured on a pipeline of its own, once: all pipelines of a name have the same weights."""
-    return config.calibrated(TINY[tiny].build(), TINY[tiny].call)  # pyright: ignore[reportAttributeAccessIssue]
+    return config.calibrated(TINY[tiny].build(), functools.partial(TINY[tiny].call, steps=steps))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @functools.cache
