@@ -1,4 +1,4 @@
-"""The command line: `dita demo`, `dita sweep`, `dita methods` and `dita doctor`."""
+"""The command line: `dita demo`, `dita sweep`, `dita join`, `dita methods` and `dita doctor`."""
 
 from __future__ import annotations
 
@@ -129,6 +129,17 @@ def sweep(
     _sweep(
         **{"out": Path("runs/sweep"), **options, **{name: value for name, value in given.items() if value is not None}}
     )
+
+
+@app.command()
+def join(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of sweeps of one pipeline, oldest first.")],
+    out: Annotated[Path, typer.Option(help="Where table, plot and report of all of them go.")],
+) -> None:
+    """Put sweeps together that were made at different times; a method counts from the last one that has it."""
+    from dita.eval.joining import join_sweeps
+
+    typer.echo(join_sweeps(folders, out))
 
 
 @app.command()

@@ -81,8 +81,6 @@ class Sweep:
 
     def write(self, settings: Sequence[Setting], model: str) -> Path:
         """Write results.md, pareto.png and report.html from the rows of these settings, and print the table."""
-        from rich.console import Console
-
         page = self.out / "report.html"
         if not self.bench.group.leads:
             return page
@@ -93,27 +91,7 @@ class Sweep:
             if not any(row["key"] == floor["key"] for row in newest.values()):
                 append_row(self.results, floor)
             rows.insert(1, floor)
-        sampling = self.bench.sampling
-        note = sample_note(sampling.samples, floor)
-        parts = (to_markdown(rows), winners_to_markdown(rows), f"{note}\n")
-        (self.out / "results.md").write_text("\n".join(part for part in parts if part.strip()), encoding="utf-8")
-        title = f"{model}: {sampling.samples} samples per setting, {self.surroundings['device']}"
-        plot = plot_sweep(rows, self.out / "pareto.png", title)
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=120)
-        console.print(to_rich(rows))
-        if note:
-            console.print(note, highlight=False)
-        pictures, animations = self._pictures(rows, "png"), self._pictures(rows, "webp")
-        return write_report(page, rows, plot, pictures, model, animations, sampling.prompts[: self._shown(rows)])
-
-    def _shown(self, rows: Sequence[Row]) -> int:
-        return _SHOWN_CLIPS if any(row.get("media") == "video" for row in rows) else _SHOWN_IMAGES
-
-    def _pictures(self, rows: Sequence[Row], suffix: str) -> dict[str, bytes]:
-        paths = {row["key"]: self.out / "images" / f"{row['key']}.{suffix}" for row in rows}
-        return {key: path.read_bytes() for key, path in paths.items() if path.is_file()}
+        return publish(self.out, rows, model, self.bench.sampling.prompts)
 
     def _key(self, setting: Setting) -> str:
         return setting.key(self.surroundings)
@@ -213,6 +191,41 @@ class Sweep:
         key = digest({**self.surroundings, "method": "data"})
         label = f"{samples} real training samples; accuracy on real unseen ones"
         return {**self._describe(key, "data", label, 0), "origin": "baseline", **numbers}
+
+
+def publish(out: Path, rows: Sequence[Row], model: str, prompts: Sequence[str] = ()) -> Path:
+    """Write results.md, pareto.png and report.html from rows, and print the table.
+
+    Args:
+        out: folder; pictures of the samples lie in its images/, by the rows' keys.
+        rows: the plain run first, then real data if they were measured, then the settings.
+        model: name of the pipeline.
+        prompts: of the first samples.
+
+    Returns:
+        The path of report.html.
+    """
+    from rich.console import Console
+
+    plain, floor = rows[0], next((row for row in rows if row["method"] == "data"), None)
+    note = sample_note(plain["samples"], floor)
+    parts = (to_markdown(rows), winners_to_markdown(rows), f"{note}\n")
+    (out / "results.md").write_text("\n".join(part for part in parts if part.strip()), encoding="utf-8")
+    plot = plot_sweep(rows, out / "pareto.png", f"{model}: {plain['samples']} samples per setting, {plain['device']}")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    console.print(to_rich(rows))
+    if note:
+        console.print(note, highlight=False)
+    shown = _SHOWN_CLIPS if any(row.get("media") == "video" for row in rows) else _SHOWN_IMAGES
+    pictures, animations = _pictures(out, rows, "png"), _pictures(out, rows, "webp")
+    return write_report(out / "report.html", rows, plot, pictures, model, animations, prompts[:shown])
+
+
+def _pictures(out: Path, rows: Sequence[Row], suffix: str) -> dict[str, bytes]:
+    paths = {row["key"]: out / "images" / f"{row['key']}.{suffix}" for row in rows}
+    return {key: path.read_bytes() for key, path in paths.items() if path.is_file()}
 
 
 def _line(row: Row) -> str:

@@ -1,0 +1,106 @@
+"""Putting sweeps of one pipeline together that were made at different times or on different machines."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from dita.errors import DitaError
+from dita.eval.pipelines import BUNDLED
+from dita.eval.rows import Row, append_row, read_rows
+from dita.eval.settings import FEWER_STEPS, PLAIN, digest
+from dita.eval.sweeping import publish
+from dita.eval.task import task_of
+
+_SAME = ("task", "weights", "samples", "seed", "guidance", "plain_steps", "prompts", "call", "dtype")
+_JUDGED = ("perceptual", "fd_garment", "fd_world")
+
+
+def join_sweeps(folders: Sequence[str | Path], out: str | Path) -> Path:
+    """Write one table, plot and report from the rows of several sweeps.
+
+    A method is taken from the last sweep that has it, with all its settings; the plain run, fewer steps and what the
+    report says of the machine from the first one that has them. Every row keeps its own date, code version and device.
+    Columns read off a bundled network are left out of sweeps whose network was another than the last sweep's.
+
+    Args:
+        folders: of sweeps, each with a results.jsonl, in the order of their making.
+        out: folder to write to; may be one of them.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        DitaError: a folder has no rows, or the sweeps did not draw the same samples from the same weights.
+
+    Example:
+        >>> join_sweeps(["runs/monday", "runs/tuesday"], "runs/both")  # doctest: +SKIP
+        PosixPath('runs/both/report.html')
+    """
+    paths, out = [Path(folder) for folder in folders], Path(out)
+    sweeps = [_rows(path) for path in paths]
+    _check(paths, sweeps)
+    judge = sweeps[-1][0]["judge"]
+    chosen: dict[str, list[Row]] = {}
+    places: dict[str, Path] = {}
+    for path, rows in zip(paths, sweeps, strict=True):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            if method in (PLAIN, FEWER_STEPS) and method in chosen:
+                continue
+            chosen[method] = [_judged_by(judge, row) for row in rows if row["method"] == method]
+            places |= {row["key"]: path for row in chosen[method]}
+    first = [row for name in (PLAIN, "data", FEWER_STEPS) for row in chosen.pop(name, ())]
+    ours = sorted(name for name in chosen if chosen[name][0]["origin"] == "dita")
+    rows = [*first, *(row for name in (*ours, *(n for n in chosen if n not in ours)) for row in chosen[name])]
+    _write(rows, places, out)
+    return publish(out, rows, str(rows[0]["task"]), _prompts(rows[0]))
+
+
+def _rows(folder: Path) -> list[Row]:
+    """The newest row of each setting, the plain one first."""
+    rows = list({row["key"]: row for row in read_rows(folder / "results.jsonl")}.values())
+    if not any(row["method"] == PLAIN and not row.get("error") for row in rows):
+        raise DitaError(f"{folder / 'results.jsonl'} holds no plain run; expected the rows of a sweep")
+    return sorted(rows, key=lambda row: row["method"] != PLAIN)
+
+
+def _check(paths: Sequence[Path], sweeps: Sequence[list[Row]]) -> None:
+    for path, rows in zip(paths, sweeps, strict=True):
+        odd = [n for row in rows for n in _SAME if row.get(n) != sweeps[0][0].get(n)]
+        if odd:
+            raise DitaError(
+                f"the rows in {path} differ in {', '.join(dict.fromkeys(odd))} from the first sweep's; only sweeps "
+                "that drew the same samples from the same weights can be put together"
+            )
+
+
+def _prompts(plain: Row) -> tuple[str, ...]:
+    """The captions of a bundled pipeline, if rows were drawn from them; rows themselves hold a digest."""
+    if plain["prompts"] is None or plain["task"] not in BUNDLED:
+        return ()
+    prompts = task_of(BUNDLED[plain["task"]]).prompts(plain["samples"], plain["seed"])
+    return prompts if digest(prompts) == plain["prompts"] else ()
+
+
+def _judged_by(judge: str, row: Row) -> Row:
+    if row["judge"] == judge:
+        return row
+    gone = {name for name in row if name in _JUDGED or name.endswith("_accuracy")}
+    kept = {name: value for name, value in row.items() if name not in gone}
+    kept["intervals"] = {name: ends for name, ends in (row.get("intervals") or {}).items() if name not in gone}
+    return kept
+
+
+def _write(rows: Sequence[Row], places: dict[str, Path], out: Path) -> None:
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    fresh = out / "results.jsonl.part"
+    fresh.unlink(missing_ok=True)
+    for row in rows:
+        append_row(fresh, row)
+        for suffix in ("png", "webp"):
+            picture = places[row["key"]] / "images" / f"{row['key']}.{suffix}"
+            target = out / "images" / picture.name
+            if picture.is_file() and picture != target:
+                shutil.copyfile(picture, target)
+    fresh.replace(out / "results.jsonl")
