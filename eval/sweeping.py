@@ -193,7 +193,7 @@ class Sweep:
         return {**self._describe(key, "data", label, 0), "origin": "baseline", **numbers}
 
 
-def publish(out: Path, rows: Sequence[Row], model: str, prompts: Sequence[str] = ()) -> Path:
+def publish(out: Path, rows: list[Row], model: str, prompts: Sequence[str] = ()) -> Path:
     """Write results.md, pareto.png and report.html from rows, and print the table.
 
     Args:

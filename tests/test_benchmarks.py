@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pipelines import TINY
 from dita.anatomy import describe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from step_ideal import ideal
+ideal = import_module("step_ideal").ideal
 
 
 def arguments(tiny: str) -> tuple[Any, Any, Any]:
