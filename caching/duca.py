@@ -73,8 +73,3 @@ class DuCa(ToCa):
     def forced(cls) -> DuCa:
         """One of three steps computed, one on a quarter of the tokens, one bypassed."""
         return cls(interval=3, ratio=0.25, preset="even")
-
-    @classmethod
-    def ladder(cls) -> tuple[DuCa, ...]:
-        """Intervals 2 to 6, on more tokens and on fewer."""
-        return tuple(cls(interval=n, ratio=ratio) for n in (2, 3, 4, 6) for ratio in (0.3, 0.1))
