@@ -137,7 +137,8 @@ class CacheHandler(Handler):
         self._residual = recipe.keep == "residual" and recipe.what in ("trunk", "span", "model")
         self.indicator = recipe.when()
         self._measures_residual = self.indicator.wants_residual and recipe.what in ("trunk", "span")
-        self._whole = set[int | Site]().union(*map(_units, self.reused))
+        self._units = {site: _units(site) for site in self.reused}
+        self._whole = set[int | Site]().union(*self._units.values())
         self._streams: dict[tuple[str, int], Stream] = {}
         self._leader: tuple[tuple[int, int], Verdict] | None = None
         self.begin_run()
@@ -149,6 +150,7 @@ class CacheHandler(Handler):
         self._begin_call()
 
     def _begin_call(self) -> None:
+        self._current: Stream | None = None
         self._verdict: Verdict | None = None
         self._view: View | None = None
         self._changes: list[torch.Tensor] = []
@@ -161,12 +163,14 @@ class CacheHandler(Handler):
         self._begin_call()
 
     def _stream(self, call: Call) -> Stream:
-        key = call.position.stream
-        stream = self._streams.get(key)
-        if stream is None or stream.shapes != call.shapes:
-            # Features of another shape are of no use: what a change of resolution leaves behind is a first step.
-            stream = self._streams[key] = Stream(self.recipe.when(), self.recipe.how, self.storage, call.shapes)
-        return stream
+        if self._current is None:
+            key = call.position.stream
+            stream = self._streams.get(key)
+            if stream is None or stream.shapes != call.shapes:
+                # Features of another shape are of no use: what a change of resolution leaves behind is a first step.
+                stream = self._streams[key] = Stream(self.recipe.when(), self.recipe.how, self.storage, call.shapes)
+            self._current = stream
+        return self._current
 
     def compute(self, site: Site, call: Call, inputs: Features) -> bool:
         """Probe and watched sites always run; all reused sites of a call share one verdict."""
@@ -176,10 +180,10 @@ class CacheHandler(Handler):
             self._verdict = self._decide(call)
             call.value, call.reason = self._verdict.value, self._verdict.reason
         verdict = self._verdict
-        runs = verdict.compute or (verdict.computes is not None and verdict.computes(site))
+        if verdict.compute or (verdict.computes is not None and verdict.computes(site)):
+            return True
         # A site without a past cannot be skipped, whatever the policy says.
-        runs = runs or (site, 0) not in self._stream(call).histories
-        return runs
+        return (site, 0) not in self._stream(call).histories
 
     def _make_view(self, call: Call) -> View:
         if self._view is None:
@@ -293,7 +297,7 @@ class CacheHandler(Handler):
 
     def skipped(self, site: Site, occurrence: int, call: Call, inputs: Features) -> Features:
         """Forecast the site's outputs from its anchors."""
-        self._stood_in |= _units(site)
+        self._stood_in |= self._units[site]
         stream, how = self._stream(call), self.recipe.how
         history = stream.history(site, occurrence)
         base: Features = ()

@@ -43,6 +43,7 @@ class History:
         self._retain = retain or (lambda entries: entries[:length])
         self._storage = storage or Storage()
         self._entries: list[Entry] = []
+        self._bytes: int | None = 0
         self._like: tuple[torch.dtype, torch.device] | None = None
 
     def push(self, step: int, features: Features, real: bool = True) -> None:
@@ -53,7 +54,7 @@ class History:
         """Let the entries be `wanted`, of which new ones are copied to where features are kept."""
         new = [entry for entry in wanted if not any(entry is old for old in self._entries)]
         spare = [old.features for old in self._entries if not any(old is entry for entry in wanted)]
-        self._entries = wanted
+        self._entries, self._bytes = wanted, None
         for entry in new:
             first = next((tensor for tensor in entry.features if tensor is not None), None)
             self._like = None if first is None else (first.dtype, first.device)
@@ -85,7 +86,7 @@ class History:
                     kept = spread_to_clusters(kept, fresh.index, fresh.labels, fresh.share)
             updated.append(kept)
         if any(new is not old for new, old in zip(updated, entry.features, strict=True)):
-            entry.features = self._storage.put(tuple(updated), entry.features)
+            entry.features, self._bytes = self._storage.put(tuple(updated), entry.features), None
 
     def combine(
         self, weights: Sequence[float] | torch.Tensor, base: Features = (), only: int | None = None
@@ -115,8 +116,10 @@ class History:
         """Keep the entries, and later ones, in another way."""
         for entry in self._entries:
             entry.features = storage.put(self._storage.get(entry.features, None), ())
-        self._storage = storage
+        self._storage, self._bytes = storage, None
 
     def bytes_held(self) -> int:
         """Bytes of the tensors kept."""
-        return bytes_of(t for entry in self._entries for t in entry.features)
+        if self._bytes is None:
+            self._bytes = bytes_of(t for entry in self._entries for t in entry.features)
+        return self._bytes

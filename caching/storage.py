@@ -66,7 +66,7 @@ class Storage:
 
     def get(self, kept: Features, like: tuple[torch.dtype, torch.device] | None) -> Features:
         """Bring kept features back to a dtype and device; None for as they are."""
-        if like is None:
+        if like is None or (self.place == "device" and not self.precision):
             return kept
         if self.place == "host" and like[1].type == "cuda":
             # The copies to the host were put on their stream long ago; the host itself waits for nothing.

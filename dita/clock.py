@@ -49,6 +49,7 @@ class RunClock:
         self.scheduler_fingerprint = ""
         self._begin: int | None = None
         self._timesteps: list[float] | None = None
+        self._layout: tuple[int, int, int] | None = None
         self._calls: dict[int, list[str]] = {}
         self._first_step: dict[int, int] = {}
 
@@ -110,7 +111,11 @@ class RunClock:
         return self._place(model, name)
 
     def _place(self, model: int, branch: str) -> Position:
-        order, begin, length = self.order, self.begin, len(self._scheduler.timesteps)
+        # Settled once the first step told where the run began.
+        layout = self._layout or (self.order, self.begin, len(self._scheduler.timesteps))
+        if self._begin is not None:
+            self._layout = layout
+        order, begin, length = layout
         step, stage = divmod(self.done, order)
         first = self._first_step.setdefault(model, step)
         return Position(
@@ -139,7 +144,7 @@ class RunClock:
         self.scheduler_fingerprint = fingerprint(self._scheduler)
         self.run += 1
         self.done = 0
-        self._begin, self._timesteps = None, None
+        self._begin, self._timesteps, self._layout = None, None, None
         self._calls.clear()
         self._first_step.clear()
         self._on_start()

@@ -53,6 +53,16 @@ class Timer:
         return self._end - self._start
 
 
+class Passage:
+    """The way through a module or model site: whose it is, and what its handler says of it once and for all."""
+
+    def __init__(self, site: Site, handler: Handler, part: ModulePart | None = None) -> None:
+        self.site, self.handler, self.part = site, handler, part
+        self.driven = handler.drives(site)
+        self.wants_inputs = site.kind == "module" and handler.wants_inputs(site)
+        self.by_tokens = part is not None and site.role in ("mlp", "linear")
+
+
 class ModelRuntime:
     """Hooks one transformer and drives the handlers.
 
@@ -87,6 +97,8 @@ class ModelRuntime:
         self._grids: dict[Any, Grid] = {}
         self._parameters = tuple(inspect.signature(type(anatomy.model).forward).parameters)[1:]
         self._entries = [(site, h) for h in self.handlers for site in h.sites if site.kind == "entry"]
+        whole = [Passage(site, h) for h in self.handlers for site in h.sites if site.kind == "model"]
+        self._outermost = whole[0] if whole else None
         spans = [(site, handler) for handler in self.handlers for site in handler.sites if site.kind == "span"]
         self._starts = {n: [p for p in spans if p[0].first == n] for n in range(len(anatomy.blocks))}
         self._ends = {n: [p for p in spans if p[0].last == n] for n in range(len(anatomy.blocks))}
@@ -205,10 +217,9 @@ class ModelRuntime:
             self._call = call
 
     def _model_site(self, call: Call, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        site = next(((s, h) for h in self.handlers for s in h.sites if s.kind == "model"), None)
-        if site is None:
+        if self._outermost is None:
             return original(*args, **kwargs)
-        return self._around_site(site[0], site[1], call, original, args, kwargs)
+        return self._around_site(self._outermost, call, original, args, kwargs)
 
     def _check_closed(self) -> None:
         if self._skipping is not None:
@@ -220,15 +231,17 @@ class ModelRuntime:
 
     def _around_block(self, block: Block) -> Any:
         starts, ends = self._starts[block.number], self._ends[block.number]
+        entries = [pair for pair in self._entries if pair[0].first == block.number]
 
         def around(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = self._call
             if call is None:
                 return original(*args, **kwargs)
+            if self._skipping is not None and not ends:
+                return block.pack(block.read(args, kwargs))
             if self._skipping is None:
-                for site, handler in self._entries:
-                    if site.first == block.number:
-                        handler.computed(site, 0, call, (), (self._entry(block, original, args, kwargs),))
+                for site, handler in entries:
+                    handler.computed(site, 0, call, (), (self._entry(block, original, args, kwargs),))
                 for site, handler in starts:
                     inputs = block.read(args, kwargs)
                     if not handler.compute(site, call, inputs):
@@ -298,35 +311,30 @@ class ModelRuntime:
 
     def _around_module(self, part: ModulePart) -> Any:
         handler = next(h for h in self.handlers if part.site in h.sites)
+        passage = Passage(part.site, handler, part)
 
         def around(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = self._call
             if call is None:
                 return original(*args, **kwargs)
-            return self._around_site(part.site, handler, call, original, args, kwargs, part)
+            return self._around_site(passage, call, original, args, kwargs)
 
         return around
 
     def _around_site(
-        self,
-        site: Site,
-        handler: Handler,
-        call: Call,
-        original: Original,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        part: ModulePart | None = None,
+        self, passage: Passage, call: Call, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run or skip a module or the model, whose output is a tensor, a tuple with Nones, or has `.sample`."""
+        site, handler = passage.site, passage.handler
         occurrence = self._occurrences.get(site, 0)
         self._occurrences[site] = occurrence + 1
-        if handler.drives(site):
+        if passage.driven:
             return self._driven(site, handler, occurrence, call, lambda: original(*args, **kwargs))
         inputs: Features = (call.latents,) if site.kind == "model" else ()
-        if site.kind == "module" and handler.wants_inputs(site):
+        if passage.wants_inputs:
             inputs = (_first_tensor(args, kwargs),)
         if handler.compute(site, call, inputs):
-            if part is not None and handler.wants_attention(site, call):
+            if passage.part is not None and handler.wants_attention(site, call):
                 with AttentionView(lambda seen: handler.attended(site, call, seen)):
                     result = original(*args, **kwargs)
             else:
@@ -335,16 +343,15 @@ class ModelRuntime:
             self._shapes[site, occurrence] = rebuild
             handler.computed(site, occurrence, call, inputs, features)
             return result
-        if part is not None and part.site.role in ("mlp", "linear"):
-            stood_in = self._on_some_tokens(part, handler, call, occurrence, inputs, original, args, kwargs)
+        if passage.by_tokens:
+            stood_in = self._on_some_tokens(passage, call, occurrence, inputs, original, args, kwargs)
             if stood_in is not None:
                 return self._shapes[site, occurrence](stood_in)
         return self._shapes[site, occurrence](handler.skipped(site, occurrence, call, inputs))
 
     def _on_some_tokens(
         self,
-        part: ModulePart,
-        handler: Handler,
+        passage: Passage,
         call: Call,
         occurrence: int,
         inputs: Features,
@@ -353,13 +360,13 @@ class ModelRuntime:
         kwargs: dict[str, Any],
     ) -> Features | None:
         """Run a row-wise module on the tokens that the handler wants fresh; None if it wants none."""
-        tokens = _first_tensor(args, kwargs)
-        fresh = None if tokens is None else handler.fresh(part.site, occurrence, call, tuple(tokens.shape))
+        tokens, site, handler = _first_tensor(args, kwargs), passage.site, passage.handler
+        fresh = None if tokens is None else handler.fresh(site, occurrence, call, tokens.shape)
         if tokens is None or fresh is None:
             return None
-        if not part.row_wise:
+        if passage.part is None or not passage.part.row_wise:
             raise DitaError(
-                f"{part.site.name} of {self.anatomy.name} is not known to treat every token by itself, so that it "
+                f"{site.name} of {self.anatomy.name} is not known to treat every token by itself, so that it "
                 "cannot run on some of them; reuse its output instead"
             )
         some = gather_tokens(tokens, fresh.index)
@@ -368,7 +375,7 @@ class ModelRuntime:
         else:
             kwargs = {name: some if value is tokens else value for name, value in kwargs.items()}
         outputs, _ = _flatten(original(*args, **kwargs))
-        return handler.refreshed(part.site, occurrence, call, inputs, fresh, outputs)
+        return handler.refreshed(site, occurrence, call, inputs, fresh, outputs)
 
     def _driven(self, site: Site, handler: Handler, occurrence: int, call: Call, original: Callable[[], Any]) -> Any:
         """Leave it to the handler how often a module or the model runs."""

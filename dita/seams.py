@@ -44,6 +44,9 @@ class Site:
     ends: bool = False
     text: bool = False
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # sites are keys of nearly everything: all fields would take a microsecond each time
+
 
 @dataclass(frozen=True)
 class Position:
@@ -130,7 +133,7 @@ class Handler:
         """The transformer is about to be called."""
 
     def drives(self, site: Site) -> bool:
-        """Say whether this module or model is run through `drive`; none of the methods below is then asked about it."""
+        """Say, on attaching, whether this site is run through `drive`; nothing below is then asked about it."""
         return False
 
     def drive(self, site: Site, occurrence: int, call: Call, run: Callable[[], Features]) -> Features:
@@ -145,7 +148,7 @@ class Handler:
         return True
 
     def wants_inputs(self, site: Site) -> bool:
-        """Say whether `computed` and `skipped` need the inputs of this span (copied then) or module (its first)."""
+        """Say, always the same, whether `computed` and `skipped` need a span's inputs (copied) or a module's first."""
         return False
 
     def computed(self, site: Site, occurrence: int, call: Call, inputs: Features, outputs: Features) -> None:

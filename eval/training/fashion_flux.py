@@ -26,7 +26,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 
 from dita.eval.classifier import load_classifier
 from dita.eval.task import Task
-from dita.eval.training.flow import FlowTraining, arguments, flow_loss, noise_levels
+from dita.eval.training.flow import FlowTraining, arguments, flow_loss, noise_levels, two_noise_levels
 from dita.eval.training.words import LENGTH, build_clip, build_t5, build_tokenizer
 from dita.eval.vae import SpaceToDepthVAE
 from dita.eval.world import GROUND, Renderer, random_scene
@@ -36,6 +36,7 @@ CALL = {"height": HEIGHT, "width": WIDTH, "max_sequence_length": LENGTH}
 _SHIFT, _SCALE = -0.6, 2.3  # of the pixels: near the mean, and one over the deviation
 _DROPPED = 0.1
 _MOST_GUIDANCE = 6.0
+_SHIFTS = 1.0, 8.0
 
 
 def build_pipeline() -> FluxPipeline:
@@ -164,7 +165,7 @@ class FluxTraining(FlowTraining):
         clean, texts = self.batch(count, self.renderer, generator)
         dropped = (torch.rand(count, generator=generator) < _DROPPED).tolist()
         texts = ["" if drop else text for drop, text in zip(dropped, texts, strict=True)]
-        level, noise = noise_levels(count, generator), torch.randn(clean.shape, generator=generator)
+        level, noise = two_noise_levels(count, generator, _SHIFTS), torch.randn(clean.shape, generator=generator)
         noisy = torch.lerp(clean, noise, level.view(-1, 1, 1))
         guidance = torch.ones(count)
         if self.teacher is None:

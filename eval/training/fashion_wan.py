@@ -19,7 +19,7 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
 from dita.eval.task import Task
-from dita.eval.training.flow import FlowTraining, arguments, flow_loss, noise_levels
+from dita.eval.training.flow import FlowTraining, arguments, flow_loss, noise_levels, two_noise_levels
 from dita.eval.training.words import LENGTH, build_tokenizer, build_umt5
 from dita.eval.vae import SpaceToDepthVAE
 from dita.eval.world import CLIP_FRAMES, SIDE, Renderer, random_clip
@@ -27,6 +27,7 @@ from dita.eval.world import CLIP_FRAMES, SIDE, Renderer, random_clip
 _MEAN, _STD = -0.65, 0.4  # of the pixels
 _DROPPED = 0.1
 _SHIFT = 2.0
+_SHIFTS = 2.0, 24.0
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class WanTraining(FlowTraining):
         clean, texts = self.batch(shape, self.renderer, generator)
         dropped = (torch.rand(shape.batch, generator=generator) < _DROPPED).tolist()
         texts = ["" if drop else text for drop, text in zip(dropped, texts, strict=True)]
-        level, noise = noise_levels(shape.batch, generator, _SHIFT), torch.randn(clean.shape, generator=generator)
+        level, noise = two_noise_levels(shape.batch, generator, _SHIFTS), torch.randn(clean.shape, generator=generator)
         noisy = torch.lerp(clean, noise, level.view(-1, 1, 1, 1, 1))
         return flow_loss(self.predict(self.pipe, noisy, level, texts), clean, noise), shape.batch
 

@@ -33,6 +33,18 @@ def noise_levels(count: int, generator: torch.Generator, shift: float = 1.0) -> 
     return shift * level / (1 + (shift - 1) * level)
 
 
+def two_noise_levels(count: int, generator: torch.Generator, shifts: tuple[float, float]) -> torch.Tensor:
+    """Draw noise levels in (0, 1), float [count]: half of them at either shift, in turn.
+
+    What a caption asks is settled while hardly anything but noise is to be seen, where logit-normal levels alone put
+    one sample in seventy: the larger shift trains that, the smaller one the details.
+    """
+    level = torch.empty(count)
+    for first, shift in enumerate(shifts):
+        level[first::2] = noise_levels(len(level[first::2]), generator, shift)
+    return level
+
+
 def flow_loss(prediction: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Mean squared error to the velocity noise - clean."""
     return F.mse_loss(prediction, noise - clean)
@@ -168,8 +180,8 @@ class FlowTraining(ABC):
         print(f"resumed at step {self.step}, {self.elapsed / 60:.1f} minutes", flush=True)
 
     @torch.no_grad()
-    def _average(self, limit: float = 0.999) -> None:
-        decay = min(limit, (1 + self.step) / (10 + self.step))
+    def _average(self) -> None:
+        decay = min(self.args.ema, (1 + self.step) / (10 + self.step))
         for kept, new in zip(self.ema.parameters(), self.nets.parameters(), strict=True):
             kept.lerp_(new, 1 - decay)
 
@@ -231,6 +243,7 @@ def arguments(description: str | None, out: str, minutes: float, batch: int, lr:
     parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--warmup", type=int, default=50, help="steps")
     parser.add_argument("--decay", type=float, default=0.3, help="last part of the budget in which the rate falls")
+    parser.add_argument("--ema", type=float, default=0.995, help="decay of the averaged weights, per step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", default=None, help="folder of Fashion-MNIST's idx files")
