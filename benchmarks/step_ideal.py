@@ -5,12 +5,13 @@
 
 The ideal is a copy of the transformer, on the same weights, in which blocks that are skipped are taken out and modules
 that are skipped hand back a tensor that lies ready: what remains are embeddings, probe blocks, norms, gates and the
-output projection. Forecasting and deciding are not in it, so that a ratio of 1 cannot be had. First a gate: the copy
-with nothing taken out must give the output of the original bit for bit. Then, in one process and in turn, a run of the
-pipeline under the method, and one in which the ideal stands in at the very steps that the method skipped and the model
-runs at the others: after a full step caches are cold, for both. Medians over all skipped steps of all rounds but the
-first. Steps on which a part of a method's sites ran have no one ideal and are left out, and so are methods that skip
-the whole call: their ideal takes no time at all, for them the milliseconds count.
+output projection, and the first norms of a block whose entry the method watches. Forecasting and deciding are not in
+it, so that a ratio of 1 cannot be had. First a gate: the copy with nothing taken out must give the output of the
+original bit for bit. Then, in one process and in turn, a run of the pipeline under the method, and one in which the
+ideal stands in at the very steps that the method skipped and the model runs at the others: after a full step caches are
+cold, for both. Medians over all skipped steps of all rounds but the first. Steps on which a part of a method's sites
+ran have no one ideal and are left out, and so are methods that skip the whole call: their ideal takes no time at all,
+for them the milliseconds count.
 
 "flux-20x256" is a Flux of 20 blocks (6 double, 14 single) and width 256 with random weights, 256 tokens.
 """
@@ -39,6 +40,7 @@ from dita.eval.sampling import Sampling, draw
 from dita.eval.task import task_of
 from dita.eval.timing import pinned_threads
 from dita.patch import Patch
+from dita.runtime import run_to_attention
 from dita.seams import Site
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "process": time.process_time}
@@ -60,6 +62,15 @@ class Passage(nn.Module):
         return block.pack(block.read(args, kwargs))
 
 
+class Entry(Passage):
+    """A block that runs as far as its first attention, and hands its streams on."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the inputs."""
+        run_to_attention(self.block[0], self.block[0].module, args, kwargs)
+        return super().forward(*args, **kwargs)
+
+
 class Ready(nn.Module):
     """A module whose output lies ready."""
 
@@ -77,7 +88,7 @@ def ideal(model: nn.Module, skipped: Iterable[Site], args: tuple[Any, ...], kwar
 
     Args:
         model: the transformer, not under acceleration.
-        skipped: spans and modules that do not run.
+        skipped: spans and modules that do not run, and entries of blocks that are read although these do not.
         args, kwargs: of one call, to find the shape of what lies ready.
     """
     slim = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
@@ -86,10 +97,11 @@ def ideal(model: nn.Module, skipped: Iterable[Site], args: tuple[Any, ...], kwar
     parts = [p for p in (*anatomy.modules, *anatomy.inner, *anatomy.linears) if p.site in skipped]
     outputs = _outputs([m for p in parts for m in (p.module, *p.feeders)], slim, args, kwargs)
     _replace(slim, {module: Ready(output) for module, output in outputs.items()})
+    watched = {site.first for site in skipped if site.kind == "entry"}
     gone = {n for site in skipped if site.kind == "span" for n in range(site.first, site.last + 1)}
     for name in dict.fromkeys(block.path.rsplit(".", 1)[0] for block in anatomy.blocks):
         blocks = [b for b in anatomy.blocks if b.path.rsplit(".", 1)[0] == name]
-        left = [b.module for b in blocks if b.number not in gone]
+        left = [Entry(b) if b.number in watched else b.module for b in blocks if b.number not in gone - watched]
         setattr(slim, name, nn.ModuleList(left or [Passage(blocks[0])]))
     return slim
 
@@ -150,7 +162,8 @@ def bench(pipe: Any, run: Callable[[], Any], name: str, repeats: int, clock: Cal
     if config.needs_calibration:
         config = config.calibrated(pipe, lambda _: run())
     anatomy: Anatomy = describe(model)
-    skipped = getattr(config.handler(anatomy), "reused", ())
+    handler = config.handler(anatomy)
+    skipped = (*getattr(handler, "reused", ()), *(site for site in handler.sites if site.kind == "entry"))
     row: dict[str, Any] = {"method": name, "setting": config.label()}
     if any(site.kind == "model" for site in skipped):
         slim = None

@@ -166,6 +166,7 @@ class BAC(CalibratedMethod):
     confidence: ClassVar[str] = "medium"
     axes: ClassVar[str] = "modules, each on its own schedule by dynamic programming, MLPs upstream follow; reuse"
     seams: ClassVar[frozenset[str]] = frozenset({"module"})
+    shaping: ClassVar[tuple[str, ...]] = ()
     citation: ClassVar[str] = """@inproceedings{ji2026bac,
   title={Block-wise Adaptive Caching for Accelerating Diffusion Policy},
   author={Ji, Kangye and Meng, Yuan and Cui, Hanyun and Li, Ye and Hua, Shengjia and Chen, Lei and Wang, Zhi},

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dita.anatomy import Anatomy
 from dita.caching.budget import BudgetHandler, Form
-from dita.caching.engine import CacheHandler, Recipe, plan_sites
+from dita.caching.engine import CacheHandler, Recipe
 from dita.caching.storage import Storage
 from dita.config import Method
 from dita.errors import DitaError
-from dita.seams import Handler, Site
+from dita.seams import Handler
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -85,13 +85,6 @@ class CachingMethod(Method):
         if not self.max_cache_bytes:
             return self
         return self.replace(max_cache_bytes=max(1, self.max_cache_bytes // count))
-
-    def sites(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        """See `Method.sites`."""
-        if self.max_cache_bytes:
-            return self.handler(anatomy).sites
-        reused, watched, probe = plan_sites(self.recipe(anatomy), anatomy, self.name)
-        return (*(() if probe is None else (probe,)), *reused, *watched)
 
     def handler(self, anatomy: Anatomy) -> Handler:
         """See `Method.handler`."""

@@ -72,12 +72,43 @@ def low_band(tokens: torch.Tensor, grid: tuple[int, ...], cutoff: float) -> torc
         kept = (frequencies <= cutoff * frequencies.max()).view(1, -1, 1)
         return torch.fft.ifft(torch.fft.fft(tokens.float(), dim=1) * kept, dim=1).real
     frames, rows, columns = grid
-    down, across = (cosine_transform(n).to(tokens.device) for n in (rows, columns))
-    distance = torch.hypot(torch.arange(rows)[:, None].float(), torch.arange(columns)[None].float())
-    kept = (distance <= cutoff * distance.max()).to(tokens.device)
     planes = tokens.float().reshape(batch * frames, rows, columns, channels)
-    spectrum = torch.einsum("ur,vc,brcd->buvd", down, across, planes) * kept[None, :, :, None]
+    waves = low_waves(rows, columns, cutoff, tokens.device)
+    if waves is not None:
+        flat = planes.flatten(1, 2)
+        return (waves.T @ (waves @ flat)).reshape(batch, count, channels)
+    down, across = (cosine_transform(n).to(tokens.device) for n in (rows, columns))
+    spectrum = torch.einsum("ur,vc,brcd->buvd", down, across, planes)
+    spectrum *= _is_low(rows, columns, cutoff).to(tokens.device)[None, :, :, None]
     return torch.einsum("ur,vc,buvd->brcd", down, across, spectrum).reshape(batch, count, channels)
+
+
+def _is_low(rows: int, columns: int, cutoff: float) -> torch.Tensor:
+    distance = torch.hypot(torch.arange(rows)[:, None].float(), torch.arange(columns)[None].float())
+    return distance <= cutoff * distance.max()
+
+
+@lru_cache(maxsize=16)
+def low_waves(rows: int, columns: int, cutoff: float, device: torch.device) -> torch.Tensor | None:
+    """The plane waves of the low band, of length 1, if projecting on them is cheaper than a transform there and back.
+
+    Args:
+        rows, columns: of the grid of tokens.
+        cutoff: of the greatest frequency, included.
+        device: where they are wanted.
+
+    Returns:
+        float32 [waves, rows * columns]; None if the waves are more than rows and columns together.
+
+    Example:
+        >>> low_waves(2, 2, 0.1, torch.device("cpu"))
+        tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
+    """
+    up, along = _is_low(rows, columns, cutoff).nonzero(as_tuple=True)
+    if len(up) > rows + columns:
+        return None
+    waves = cosine_transform(rows)[up][:, :, None] * cosine_transform(columns)[along][:, None, :]
+    return waves.flatten(1).to(device)
 
 
 @dataclass(frozen=True)
@@ -89,16 +120,15 @@ class BandForecast(Forecast):
 
     def forecast(self, history: History, base: Features, site: Site, call: Call) -> Features:
         """See `Forecast.forecast`."""
-        ahead = history.combine(self.weights(call.position.step, history.steps))
+        weights = self.weights(call.position.step, history.steps)
+        ahead = history.combine(weights, base)
+        # What the low band has too much of: the newest anchor less the forecast.
+        excess = history.combine([(place == 0) - weight for place, weight in enumerate(weights)])
         grid = call.grid if self.transform == "dct" else ()
-        results = []
-        for new, now, start in zip(ahead, history.newest, base or (None,) * len(ahead), strict=True):
-            if new is None or now is None:
-                results.append(start)
-                continue
-            band = new.float() + low_band(now.float() - new.float(), grid, self.cutoff)
-            results.append((band if start is None else band + start.float()).to(now.dtype))
-        return tuple(results)
+        return tuple(
+            new if more is None or new is None else (new.float() + low_band(more, grid, self.cutoff)).to(new.dtype)
+            for new, more in zip(ahead, excess, strict=True)
+        )
 
 
 @register

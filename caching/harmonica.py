@@ -81,6 +81,7 @@ class HarmoniCa(CalibratedMethod):
     axes: ClassVar[str] = "modules, each on a schedule of its own learned from trajectories; reuse"
     seams: ClassVar[frozenset[str]] = frozenset({"module"})
     shaping: ClassVar[tuple[str, ...]] = ("beta", "iterations", "rate", "refresh", "stride")
+    trained: ClassVar[bool] = True
     citation: ClassVar[str] = """@inproceedings{huang2025harmonica,
   title={HarmoniCa: Harmonizing Training and Inference for Better Feature Caching in Diffusion Transformer
     Acceleration},

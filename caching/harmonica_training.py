@@ -242,9 +242,6 @@ class _Router(CachingMethod):
 
     name: ClassVar[str] = "training"
 
-    def sites(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        return RouterHandler(anatomy, self.training).sites
-
     def handler(self, anatomy: Anatomy) -> Handler:
         anatomy.require("module", "harmonica")
         return RouterHandler(anatomy, self.training)

@@ -101,7 +101,9 @@ class History:
         Returns:
             new tensors, summed in float32, in the features' dtype; None where the features are None.
         """
-        used = (self._storage.get(entry.features, self._like) for entry in self._entries[: len(weights)])
+        used = [self._storage.get(entry.features, self._like) for entry in self._entries[: len(weights)]]
+        if len(used[0]) == 1 and used[0][0] is not None:  # most modules, many times a step
+            return (weighted_sum([kept[0] for kept in used], weights, base[0] if base else None),)  # pyright: ignore
         columns = list(zip(*used, strict=True))
         bases = list(base or (None,) * len(columns))
         if only is not None:

@@ -176,6 +176,7 @@ class ICC(CalibratedMethod):
     axes: ClassVar[str] = "input and output of linear layers; fixed interval; reuse plus a low-rank image of the change"
     seams: ClassVar[frozenset[str]] = frozenset({"module"})
     bound: ClassVar[bool] = False
+    shaping: ClassVar[tuple[str, ...]] = ("aware",)
     citation: ClassVar[str] = """@inproceedings{chen2025icc,
   title={Accelerating Diffusion Transformer via Increment-Calibrated Caching with Channel-Aware Singular Value
     Decomposition},

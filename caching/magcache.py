@@ -107,6 +107,7 @@ class MagCache(CalibratedMethod):
     seams: ClassVar[frozenset[str]] = frozenset({"block"})
     table_kind: ClassVar[type[Table]] = MagnitudeTable
     schema: ClassVar[int] = 2
+    shaping: ClassVar[tuple[str, ...]] = ()
     citation: ClassVar[str] = """@inproceedings{ma2025magcache,
   title={MagCache: Fast Video Generation with Magnitude-Aware Cache},
   author={Ma, Zehong and Wei, Longhui and Wang, Feng and Zhang, Shiliang and Tian, Qi},

@@ -149,6 +149,7 @@ class ProfilingDiT(CalibratedMethod):
     axes: ClassVar[str] = "residuals of the blocks that attend to the background; anchors ever closer; reuse"
     seams: ClassVar[frozenset[str]] = frozenset({"block", "module"})
     bound: ClassVar[bool] = False
+    shaping: ClassVar[tuple[str, ...]] = ()
     citation: ClassVar[str] = """@inproceedings{ma2025profilingdit,
   title={Model Reveals What to Cache: Profiling-Based Feature Reuse for Video Diffusion Models},
   author={Ma, Xuran and Liu, Yexin and Liu, Yaofu and Wu, Xianfeng and Zheng, Mingzhe and Wang, Zihao and

@@ -131,6 +131,7 @@ class SmoothCache(CalibratedMethod):
     arxiv: ClassVar[str] = "2411.10510"
     axes: ClassVar[str] = "modules; greedy schedule per kind from one run; reuse"
     seams: ClassVar[frozenset[str]] = frozenset({"module"})
+    shaping: ClassVar[tuple[str, ...]] = ()
     citation: ClassVar[str] = """@inproceedings{liu2025smoothcache,
   title={SmoothCache: A Universal Inference Acceleration Technique for Diffusion Transformers},
   author={Liu, Joseph and Geddes, Joshua and Guo, Ziyu and Jiang, Haomiao and Nandwana, Mahesh Kumar},

@@ -185,13 +185,15 @@ class CalibratedMethod(CachingMethod):
         table_kind: the table's class.
         bound: the numbers hold for the scheduler, steps and resolution they were measured at, and a run under others
             warns.
-        shaping: settings that the numbers depend on beyond chance; the others only read them.
+        shaping: settings that the numbers depend on beyond chance, the others only read them; None: on all of them.
+        trained: `call` runs many times, on a sample of its own each.
     """
 
     needs_calibration: ClassVar[bool] = True
     table_kind: ClassVar[type[Table]] = Table
     bound: ClassVar[bool] = True
-    shaping: ClassVar[tuple[str, ...]] = ()
+    shaping: ClassVar[tuple[str, ...] | None] = None
+    trained: ClassVar[bool] = False
 
     def sites(self, anatomy: Anatomy) -> tuple[Site, ...]:
         """The method's sites; asking needs no table yet."""

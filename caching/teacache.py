@@ -213,6 +213,7 @@ class TeaCache(CalibratedMethod):
     axes: ClassVar[str] = "image residual of the trunk; accumulated change of the modulated input, rescaled; reuse"
     seams: ClassVar[frozenset[str]] = frozenset({"block"})
     table_kind: ClassVar[type[Table]] = Rescaling
+    shaping: ClassVar[tuple[str, ...]] = ()
     citation: ClassVar[str] = """@inproceedings{liu2025teacache,
   title={Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model},
   author={Liu, Feng and Zhang, Shiwei and Wang, Xiaofeng and Wei, Yujie and Qiu, Haonan and Zhao, Yuzhong and

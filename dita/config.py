@@ -55,12 +55,12 @@ class Method:
         """Raise `DitaError` unless the settings make sense."""
 
     def sites(self, anatomy: Anatomy) -> tuple[Site, ...]:
-        """The sites it takes on one model.
+        """The sites it takes on one model; a method that needs numbers from a calibration is asked before it has them.
 
         Raises:
             DitaError: the model lacks what the method needs; the message says what.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define sites()")
+        return self.handler(anatomy).sites
 
     def handler(self, anatomy: Anatomy) -> Handler:
         """Build the object that does the work on one model.

@@ -203,7 +203,7 @@ class ModelRuntime:
         arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         latents = arguments.get("hidden_states")
         latents = latents if isinstance(latents, torch.Tensor) else (tensors[0] if tensors else None)
-        shapes = tuple(tuple(t.shape) for t in tensors)
+        shapes = tuple(t.shape for t in tensors)
         if shapes not in self._grids:
             self._grids[shapes] = token_grid(self.anatomy.model, arguments, latents)
         return Call(position, shapes, self.clock.scheduler_fingerprint, self._grids[shapes], latents)
@@ -286,28 +286,11 @@ class ModelRuntime:
             self._call = call
 
     def _entry(self, block: Block, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        """Run a block up to its first attention and return what that is about to read."""
-        attention = next(c for n, c in block.module.named_children() if "attn" in n or "attention" in n)
-        seen: list[torch.Tensor] = []
-
-        def stop(module: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-            value = named.get("hidden_states", positional[0] if positional else None)
-            if isinstance(value, torch.Tensor):
-                seen.append(value)
-            raise _Reached
-
         call, self._call = self._call, None
-        handle = attention.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
         try:
-            original(*args, **kwargs)
-        except _Reached:
-            pass
+            return run_to_attention(block, original, args, kwargs)
         finally:
-            handle.remove()
             self._call = call
-        if not seen:
-            raise DitaError(f"{block.path} of {self.anatomy.name} ran without calling its attention: nothing to watch")
-        return seen[0]
 
     def _around_module(self, part: ModulePart) -> Any:
         handler = next(h for h in self.handlers if part.site in h.sites)
@@ -412,6 +395,33 @@ class ModelRuntime:
             )
 
         return around
+
+
+def run_to_attention(block: Block, forward: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Run a block up to its first attention and return what that is about to read.
+
+    Raises:
+        DitaError: it ran to its end without calling an attention module.
+    """
+    attention = next(c for n, c in block.module.named_children() if "attn" in n or "attention" in n)
+    seen: list[torch.Tensor] = []
+
+    def stop(module: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        value = named.get("hidden_states", positional[0] if positional else None)
+        if isinstance(value, torch.Tensor):
+            seen.append(value)
+        raise _Reached
+
+    handle = attention.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    try:
+        forward(*args, **kwargs)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    if not seen:
+        raise DitaError(f"{block.path} ran without calling its attention: there is nothing to watch")
+    return seen[0]
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:

@@ -64,7 +64,7 @@ class Bench:
     pairs: int = 2
     group: Group = Group()
     advance: Callable[[], None] = lambda: None
-    _trained: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
+    _tables: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -136,21 +136,22 @@ class Bench:
         config = setting.config
         if config is None or not config.needs_calibration or getattr(config, "table", None) is not None:
             return setting, None
-        shaping: tuple[str, ...] = getattr(config, "shaping", ())
-        shape = (setting.method, *(getattr(config, name) for name in shaping))
-        if shape in self._trained:
-            return replace(setting, config=config.replace(table=self._trained[shape])), None  # pyright: ignore
-        other = replace(self.sampling, samples=_TRAINING if shaping else 1, batch=1, seed=self.sampling.seed + 1)
+        shaping: tuple[str, ...] | None = getattr(config, "shaping", None)
+        shape = (setting.method, *(getattr(config, name) for name in shaping or ()))
+        if shaping is not None and shape in self._tables:
+            return replace(setting, config=config.replace(table=self._tables[shape])), None  # pyright: ignore
+        trained: bool = getattr(config, "trained", False)
+        other = replace(self.sampling, samples=_TRAINING if trained else 1, batch=1, seed=self.sampling.seed + 1)
 
         def run(pipe: Any) -> None:
             # What is trained seeds torch anew for every run and wants another sample each time.
-            index = int(torch.randint(_TRAINING, (1,))) if shaping else 0
+            index = int(torch.randint(_TRAINING, (1,))) if trained else 0
             draw(pipe, other, range(index, index + 1))
 
         kept = []
         taken = timed(lambda: kept.append(config.calibrated(self.pipe, run)), self.device)
-        if shaping:
-            self._trained[shape] = kept[0].table
+        if shaping is not None:
+            self._tables[shape] = kept[0].table
         return replace(setting, config=kept[0]), taken
 
     @contextmanager

@@ -47,11 +47,11 @@ def with_bundled(settings: Sequence[Setting], folder: str | Path) -> list[Settin
 
 def _with_table(setting: Setting, folder: str | Path) -> Setting:
     config: Any = setting.config
-    if not isinstance(config, CalibratedMethod) or not config.shaping:
+    if not isinstance(config, CalibratedMethod) or not config.trained:
         return setting
     kept: Any = bundled(folder, setting.method)
     if kept is None or kept.table.steps != setting.steps:
         return setting
-    if any(getattr(kept, name) != getattr(config, name) for name in config.shaping):
+    if any(getattr(kept, name) != getattr(config, name) for name in config.shaping or ()):
         return setting
     return replace(setting, config=replace(config, table=kept.table))

@@ -56,9 +56,10 @@ def weighted_sum(
     if not 1 <= len(tensors) <= MAX_TERMS or len(weights) != len(tensors):
         raise DitaError(f"expected 1 to {MAX_TERMS} tensors with a weight each, got {len(tensors)} and {len(weights)}")
     first = tensors[0]
-    for other in (*tensors[1:], *(() if base is None else (base,))):
-        if other.shape != first.shape:
-            raise DitaError(f"all tensors must have one shape, got {tuple(first.shape)} and {tuple(other.shape)}")
+    shape = first.shape
+    for other in tensors if base is None else (*tensors, base):
+        if other is not first and other.shape != shape:
+            raise DitaError(f"all tensors must have one shape, got {tuple(shape)} and {tuple(other.shape)}")
     if isinstance(weights, torch.Tensor) and weights.shape != (len(tensors), first.shape[-1]):
         raise DitaError(f"weights have shape {tuple(weights.shape)}; expected {(len(tensors), first.shape[-1])}")
     if first.is_cuda:
@@ -73,8 +74,8 @@ def weighted_sum(
         for tensor, row in zip(tensors[1:], rows[1:], strict=True):
             total.addcmul_(tensor, row)
         return total
-    numbers = list(weights)
-    if base is None and len(numbers) == 2 and abs(sum(numbers) - 1) < 1e-12:
+    numbers = weights
+    if base is None and len(numbers) == 2 and abs(numbers[0] + numbers[1] - 1) < 1e-12:
         return torch.lerp(tensors[1], first, numbers[0])  # one pass instead of two
     total = torch.mul(first, numbers[0]) if base is None else torch.add(base, first, alpha=numbers[0])
     for tensor, weight in zip(tensors[1:], numbers[1:], strict=True):

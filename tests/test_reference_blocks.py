@@ -71,7 +71,7 @@ def lowest_along(tokens: np.ndarray, cutoff: float) -> np.ndarray:
     return np.fft.ifft(spectrum, axis=0).real
 
 
-@pytest.mark.parametrize(("cutoff", "transform"), [(0.1, "dct"), (0.5, "dct"), (0.3, "fft")])
+@pytest.mark.parametrize(("cutoff", "transform"), [(0.1, "dct"), (0.5, "dct"), (0.9, "dct"), (0.3, "fft")])
 def test_freqca(cutoff: float, transform: str) -> None:
     """Low band of the newest residual, high band of a Hermite sum with s^j H_j(s k), order 2."""
     interval, warmup, s = 4, 3, 0.71

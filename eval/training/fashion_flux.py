@@ -23,10 +23,12 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import nn
 
 from dita.eval.classifier import load_classifier
 from dita.eval.task import Task
 from dita.eval.training.flow import FlowTraining, arguments, flow_loss, noise_levels, two_noise_levels
+from dita.eval.training.reading import learn_to_read
 from dita.eval.training.words import LENGTH, build_clip, build_t5, build_tokenizer
 from dita.eval.vae import SpaceToDepthVAE
 from dita.eval.world import GROUND, Renderer, random_scene
@@ -36,7 +38,7 @@ CALL = {"height": HEIGHT, "width": WIDTH, "max_sequence_length": LENGTH}
 _SHIFT, _SCALE = -0.6, 2.3  # of the pixels: near the mean, and one over the deviation
 _DROPPED = 0.1
 _MOST_GUIDANCE = 6.0
-_SHIFTS = 1.0, 8.0
+_SHIFTS = 1.0, 12.0
 
 
 def build_pipeline() -> FluxPipeline:
@@ -54,11 +56,11 @@ def build_pipeline() -> FluxPipeline:
         axes_dims_rope=(16, 24, 24),
     )
     for name, module in transformer.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.xavier_uniform_(module.weight)
-            torch.nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
         if name.endswith((".norm.linear", ".norm1.linear", ".norm1_context.linear")) or name in ("proj_out",):
-            torch.nn.init.zeros_(module.weight)  # pyright: ignore[reportArgumentType]
+            nn.init.zeros_(module.weight)  # pyright: ignore[reportArgumentType]
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=SpaceToDepthVAE((3, 12), 12, 12, shift_factor=_SHIFT, scaling_factor=_SCALE),  # pyright: ignore[reportArgumentType]
@@ -98,16 +100,29 @@ class FluxTraining(FlowTraining):
     def build(self) -> FluxPipeline:
         return build_pipeline()
 
-    def build_helpers(self) -> torch.nn.ModuleDict:
+    def prepare(self) -> None:
+        if self.args.distil or not self.args.reading:
+            return
+        self.pipe.text_encoder_2.load_state_dict(build_t5().state_dict())
+        encoders = nn.ModuleList([self.pipe.text_encoder, self.pipe.text_encoder_2])
+
+        def encode(texts: list[str]) -> tuple[torch.Tensor, ...]:
+            words, pooled, _ = self.pipe.encode_prompt(texts, max_sequence_length=LENGTH)
+            return words, pooled
+
+        share = learn_to_read(encode, encoders, (128, 128), 60 * self.args.reading, self.generator)
+        print(f"text encoders read {share:.1%} after {self.args.reading} minutes", flush=True)
+
+    def build_helpers(self) -> nn.ModuleDict:
         if self.args.distil or not self.args.align:
-            return torch.nn.ModuleDict()
+            return nn.ModuleDict()
         self.classifier = load_classifier()
         self.seen: list[torch.Tensor] = []
         third = self.pipe.transformer.single_transformer_blocks[0]
         third.register_forward_hook(lambda module, args, output: self.seen.append(output[1]))
         wide, features = self.pipe.transformer.inner_dim, self.classifier.widths[-1]
-        layers = torch.nn.Linear(wide, wide), torch.nn.SiLU(), torch.nn.Linear(wide, features)
-        return torch.nn.ModuleDict({"projector": torch.nn.Sequential(*layers)})
+        layers = nn.Linear(wide, wide), nn.SiLU(), nn.Linear(wide, features)
+        return nn.ModuleDict({"projector": nn.Sequential(*layers)})
 
     def alignment(self, clean: torch.Tensor) -> torch.Tensor:
         """Mean of 1 - cosine between the projected features of the last forward pass and the classifier's."""
@@ -119,7 +134,7 @@ class FluxTraining(FlowTraining):
             maps = self.classifier.maps(torch.cat([left, right]))[-1]
         target = torch.cat(maps.chunk(2), dim=-1).flatten(2).mT  # [B, 128 tokens, channels], row by row
         tokens = self.helpers["projector"](self.seen.pop())
-        return 1 - torch.nn.functional.cosine_similarity(tokens, target, dim=-1).mean()
+        return 1 - nn.functional.cosine_similarity(tokens, target, dim=-1).mean()
 
     def load(self, folder: Path) -> FluxPipeline:
         return FluxPipeline.from_pretrained(folder, local_files_only=True)
@@ -182,7 +197,7 @@ class FluxTraining(FlowTraining):
             untold = self.predict(self.teacher, self.teacher_forward, noisy, level, [""] * count, ones)
             target = untold + guidance.view(-1, 1, 1) * (told - untold)
         predicted = self.predict(self.pipe, self.forward, noisy, level, texts, guidance)
-        return torch.nn.functional.mse_loss(predicted, target), count
+        return nn.functional.mse_loss(predicted, target), count
 
     @torch.no_grad()
     def held_out(self) -> float:
@@ -199,6 +214,7 @@ def main() -> None:
     """Parse the command line and train."""
     parser = arguments(__doc__, "runs/fashion-flux", minutes=120, batch=64, lr=2e-3)
     parser.add_argument("--align", type=float, default=0.2, help="weight of the alignment of features; 0: none")
+    parser.add_argument("--reading", type=float, default=2, help="minutes of the text encoders alone, T5 anew")
     parser.add_argument("--distil", default=None, help="folder of the trained pipeline whose guidance to distil")
     FluxTraining(parser.parse_args()).run()
 

@@ -94,6 +94,8 @@ class FlowTraining(ABC):
             for name, net in self.nets.items():
                 net.load_state_dict(getattr(kept, name).float().state_dict())
         self.nets.eval().requires_grad_(True)
+        if not (self.out / "checkpoint.pt").is_file():
+            self.prepare()
         self.ema = copy.deepcopy(self.nets).requires_grad_(False)
         self.helpers = self.build_helpers()
         self.optimizers = self._optimizers()
@@ -106,6 +108,10 @@ class FlowTraining(ABC):
     def build_helpers(self) -> nn.ModuleDict:
         """Build networks that learn beside the pipeline, for its sake, and are left behind; none by default."""
         return nn.ModuleDict()
+
+    def prepare(self) -> None:
+        """Train parts of the pipeline for themselves, once, before the run begins; nothing by default."""
+        return
 
     @abstractmethod
     def load(self, folder: Path) -> Any:

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from pipelines import TINY
 
+from dita import registry
 from dita.anatomy import describe
 from dita.caching import HarmoniCa
 from dita.eval.bench import Bench
@@ -81,3 +83,21 @@ def test_defaults_are_those_of_the_shipped_training(folder):
     kept: Any = bundled(folder, "harmonica")
     assert all(getattr(kept, name) == getattr(HarmoniCa(), name) for name in HarmoniCa.shaping)
     assert task_of("eval/models/fashion-dit").guidance == 3.0
+
+
+SHARED = [
+    name
+    for name in registry.names()
+    if getattr(registry.get(name), "shaping", None) is not None and not registry.get(name).trained  # pyright: ignore
+]
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_settings_that_say_so_share_their_numbers(name):
+    pipe = TINY["dit"].build()
+    cls: Any = registry.get(name)
+    settings = [c for c in cls.ladder() if all(getattr(c, n) == getattr(cls.ladder()[0], n) for n in cls.shaping)]
+    first, last = settings[0], settings[-1]
+    assert first != last
+    tables = [config.calibrated(pipe, lambda p: TINY["dit"].call(p, steps=6)).table for config in (first, last)]
+    assert tables[0] == tables[1] and tables[0].values

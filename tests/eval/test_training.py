@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,19 @@ from dita.eval.pipelines import load_pipeline
 from dita.eval.sampling import Sampling, draw
 from dita.eval.task import Task, task_of
 from dita.eval.training import fashion_flux, fashion_wan
-from dita.eval.training.flow import FlowTraining, arguments, flow_loss, noise_levels, save_pipeline, schedule
+from dita.eval.training.flow import (
+    FlowTraining,
+    arguments,
+    flow_loss,
+    noise_levels,
+    save_pipeline,
+    schedule,
+    two_noise_levels,
+)
 from dita.eval.training.muon import Muon, orthogonalised
-from dita.eval.training.words import build_tokenizer
-from dita.eval.world import captions
+from dita.eval.training.reading import answers, learn_to_read
+from dita.eval.training.words import build_t5, build_tokenizer
+from dita.eval.world import captions, read_caption
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -59,6 +69,42 @@ def test_noise_levels_are_logit_normal_and_stratified():
     assert all((noise_levels(4, generator(seed)).diff() > 0).all() for seed in range(20))
     shifted = noise_levels(1000, generator(), shift=3.0)
     torch.testing.assert_close(shifted.median(), torch.tensor(0.75), rtol=0, atol=0.01)
+
+
+def test_half_of_the_levels_are_shifted_further():
+    levels = two_noise_levels(2000, generator(), (1.0, 8.0))
+    torch.testing.assert_close(levels[0::2].median(), torch.tensor(0.5), rtol=0, atol=0.02)
+    torch.testing.assert_close(levels[1::2].median(), torch.tensor(8 / 9), rtol=0, atol=0.01)
+    assert two_noise_levels(3, generator(), (1.0, 8.0)).shape == (3,)
+
+
+def test_the_text_encoder_starts_with_a_sense_of_order():
+    texts = [f"a {one} on the left and a {two} on the right" for one, two in (("red bag", "blue coat"),) * 2]
+    texts[1] = "a blue coat on the left and a red bag on the right"
+    tokens = build_tokenizer()(texts, padding="max_length", max_length=16, return_tensors="pt").input_ids
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        one, two = build_t5()(tokens).last_hidden_state.mean(1)
+    assert (one - two).norm() > 0.05 * one.norm(), "the same words in another order look the same"
+
+
+def test_text_encoders_learn_to_read():
+    assert answers([read_caption(c) for c in ("a red bag on the left and a blue coat on the right",)]).tolist() == [  # pyright: ignore
+        [8, 0, 4, 5]
+    ]
+    embedding = torch.nn.Embedding(40, 64)
+    layers = torch.nn.Sequential(torch.nn.Linear(16 * 64, 128), torch.nn.ReLU())
+    tokenizer = build_tokenizer()
+
+    def encode(texts: list[str]) -> tuple[torch.Tensor]:
+        ids = tokenizer(texts, padding="max_length", max_length=16, return_tensors="pt").input_ids
+        return (layers(embedding(ids).flatten(1)),)
+
+    nets = torch.nn.ModuleList([embedding, layers])
+    before = learn_to_read(encode, nets, (128,), 0.01, generator())
+    after = learn_to_read(encode, nets, (128,), 4, generator())
+    assert before < 0.4 < 0.6 < after
+    assert math.isnan(learn_to_read(encode, nets, (128,), 0, generator()))
 
 
 def test_the_target_is_the_velocity_from_clean_to_noise():
