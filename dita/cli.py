@@ -94,6 +94,7 @@ def sweep(
     ] = None,
     clip: Annotated[str | None, typer.Option(help="Folder or hub id of a CLIP model, for the CLIP score.")] = None,
     pairs: Annotated[int | None, typer.Option(min=1, help="Timed batches per setting paired with a plain run.")] = None,
+    strengths: Annotated[int | None, typer.Option(min=1, help="Settings of each method; if left out, all.")] = None,
 ) -> None:
     """Measure speed against quality: methods x strengths on one pipeline. Resumes where it stopped.
 
@@ -117,6 +118,7 @@ def sweep(
         "call": _arguments(call),
         "clip": clip,
         "pairs": pairs,
+        "strengths": strengths,
     }
     options: dict[str, Any] = {}
     if file is not None:
@@ -135,11 +137,14 @@ def sweep(
 def join(
     folders: Annotated[list[Path], typer.Argument(help="Folders of sweeps of one pipeline, oldest first.")],
     out: Annotated[Path, typer.Option(help="Where table, plot and report of all of them go.")],
+    by_setting: Annotated[
+        bool, typer.Option("--by-setting", help="Keep settings of a method that the last sweep of it lacks.")
+    ] = False,
 ) -> None:
     """Put sweeps together that were made at different times; a method counts from the last one that has it."""
     from dita.eval.joining import join_sweeps
 
-    typer.echo(join_sweeps(folders, out))
+    typer.echo(join_sweeps(folders, out, by_setting))
 
 
 @app.command()

@@ -17,16 +17,18 @@ _SAME = ("task", "weights", "samples", "seed", "guidance", "plain_steps", "promp
 _JUDGED = ("perceptual", "fd_garment", "fd_world")
 
 
-def join_sweeps(folders: Sequence[str | Path], out: str | Path) -> Path:
+def join_sweeps(folders: Sequence[str | Path], out: str | Path, by_setting: bool = False) -> Path:
     """Write one table, plot and report from the rows of several sweeps.
 
-    A method is taken from the last sweep that has it, with all its settings; the plain run, fewer steps and what the
-    report says of the machine from the first one that has them. Every row keeps its own date, code version and device.
+    A method is taken from the last sweep that has it, with all its settings, for an older one knows another code; the
+    plain run, fewer steps and what the report says of the machine from the first one that has them. Every row keeps its
+    own date, code version and device.
     Columns read off a bundled network are left out of sweeps whose network was another than the last sweep's.
 
     Args:
         folders: of sweeps, each with a results.jsonl, in the order of their making.
         out: folder to write to; may be one of them.
+        by_setting: settings that later sweeps do not have are kept too, as where those only added some.
 
     Returns:
         The path of report.html.
@@ -46,15 +48,24 @@ def join_sweeps(folders: Sequence[str | Path], out: str | Path) -> Path:
     places: dict[str, Path] = {}
     for path, rows in zip(paths, sweeps, strict=True):
         for method in dict.fromkeys(row["method"] for row in rows):
-            if method in (PLAIN, FEWER_STEPS) and method in chosen:
+            old = chosen.get(method, [])
+            if old and (method == PLAIN or (method == FEWER_STEPS and not by_setting)):
                 continue
-            chosen[method] = [_judged_by(judge, row) for row in rows if row["method"] == method]
-            places |= {row["key"]: path for row in chosen[method]}
+            new = [_judged_by(judge, row) for row in rows if row["method"] == method]
+            if by_setting:
+                settings = [_setting(row) for row in new]
+                new = [row for row in old if _setting(row) not in settings] + new
+            chosen[method] = new
+            places |= {row["key"]: path for row in new if row not in old}
     first = [row for name in (PLAIN, "data", FEWER_STEPS) for row in chosen.pop(name, ())]
     ours = sorted(name for name in chosen if chosen[name][0]["origin"] == "dita")
     rows = [*first, *(row for name in (*ours, *(n for n in chosen if n not in ours)) for row in chosen[name])]
     _write(rows, places, out)
     return publish(out, rows, str(rows[0]["task"]), _prompts(rows[0]))
+
+
+def _setting(row: Row) -> str:
+    return digest({"config": row.get("config"), "steps": row.get("steps")})
 
 
 def _rows(folder: Path) -> list[Row]:

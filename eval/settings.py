@@ -71,7 +71,13 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def plan(steps: int, methods: Sequence[str] | None = None, quick: bool = False, peers: bool = False) -> list[Setting]:
+def plan(
+    steps: int,
+    methods: Sequence[str] | None = None,
+    quick: bool = False,
+    peers: bool = False,
+    strengths: int | None = None,
+) -> list[Setting]:
     """List the settings of a sweep: plain first, then fewer steps, the methods in the registry's order, the peers.
 
     Args:
@@ -80,6 +86,7 @@ def plan(steps: int, methods: Sequence[str] | None = None, quick: bool = False, 
         quick: two settings for each method and for fewer steps, at a fifth and a half of its ladder; if no methods are
             named, those in QUICK.
         peers: if no methods are named, the installed peers too.
+        strengths: so many settings of each, from a fifth of its ladder on; if None, all but in a quick plan.
 
     Returns:
         The settings, without repetitions.
@@ -112,7 +119,9 @@ def plan(steps: int, methods: Sequence[str] | None = None, quick: bool = False, 
             configs = (others[name] if name in others else registry.get(name)).ladder()
             labels = varying(configs)
             ladder = [Setting(name, label, steps, config) for label, config in zip(labels, configs, strict=True)]
-        settings += thin(ladder) if quick else ladder
+        if strengths is not None or quick:
+            ladder = thin(ladder, strengths or 2)
+        settings += ladder
     return settings
 
 
@@ -133,15 +142,21 @@ def varying(configs: Sequence[Method | Peer]) -> list[str]:
     ]
 
 
-def thin(ladder: Sequence[Any]) -> list[Any]:
-    """Keep two settings of a ladder, at a fifth and a half of its length; all of it if it has no more than two.
+def thin(ladder: Sequence[Any], count: int = 2) -> list[Any]:
+    """Keep some settings of a ladder, from a fifth of its length on: two end at its half, more at its last fifth.
 
     Example:
-        >>> thin("abcdefg")
-        ['b', 'd']
+        >>> thin("abcdefg"), thin("abcdefg", 3), thin("ab", 3)
+        (['b', 'd'], ['b', 'd', 'f'], ['a', 'b'])
     """
     last = len(ladder) - 1
-    return list(ladder) if last < 2 else [ladder[round(last / 5)], ladder[max(1, round(last / 2))]]
+    if last < count:
+        return list(ladder)
+    stretch = 0.6 if count > 2 else 0.3
+    places = [round(last * (0.2 + stretch * number / max(1, count - 1))) for number in range(count)]
+    for number, place in enumerate(places[1:], 1):
+        places[number] = max(place, places[number - 1] + 1)
+    return [ladder[place] for place in places]
 
 
 def source_digest() -> str:

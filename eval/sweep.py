@@ -47,6 +47,7 @@ def run_sweep(
     published_metrics: bool | None = None,
     clip: str | Path | None = None,
     pairs: int | None = None,
+    strengths: int | None = None,
 ) -> Path:
     """Run every setting that is not yet in `out`, then write the table, the plot and the report of all of them.
 
@@ -74,6 +75,7 @@ def run_sweep(
         clip: folder or hub id of a CLIP model for the CLIP score.
         pairs: timed batches per setting that are followed by the plain run of the same batch, at least 1; if None 2 in
             a quick sweep, else 3. One will do where a call takes a minute.
+        strengths: settings of each method, spread over its ladder; if None all of them, or two in a quick sweep.
 
     Returns:
         The path of report.html.
@@ -100,7 +102,10 @@ def run_sweep(
         prompts=task.prompts(count, seed) if prompts is None else read_prompts(prompts),
         call={**task.call, **(call or {})},
     )
-    chosen = plan(sampling.steps, methods, quick, peers) if settings is None else expand(list(settings), sampling.steps)
+    if settings is None:
+        chosen = plan(sampling.steps, methods, quick, peers, strengths)
+    else:
+        chosen = expand(list(settings), sampling.steps)
     if sampling.guidance == task.guidance:
         chosen = with_bundled(chosen, folder)
     group, place = join_group(device)

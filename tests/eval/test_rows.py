@@ -201,6 +201,13 @@ def test_plan_by_name():
 
 def test_thin_keeps_short_ladders():
     assert [thin(list(range(n))) for n in (0, 1, 2, 3, 9)] == [[], [0], [0, 1], [0, 1], [2, 4]]
+    assert [thin(list(range(n)), 3) for n in (2, 3, 4, 5, 6, 9)] == [
+        [0, 1], [0, 1, 2], [1, 2, 3], [1, 2, 3], [1, 2, 4], [2, 4, 6]
+    ]  # fmt: skip
+    assert all(len(thin(list(range(n)), k)) == min(n, k) for n in range(12) for k in range(1, 8))
+    three = plan(50, peers=True, strengths=3)
+    assert {s.method for s in three} == {s.method for s in plan(50, peers=True)}
+    assert all(sum(s.method == name for s in three) == 3 for name in registry.names())
 
 
 def test_key_follows_everything_the_numbers_depend_on():
