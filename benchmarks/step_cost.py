@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,18 +29,20 @@ from dita.eval.timing import pinned_threads, synchronize
 
 
 @contextmanager
-def clock(transformer: torch.nn.Module, device: torch.device) -> Iterator[list[float]]:
+def clock(
+    transformer: torch.nn.Module, device: torch.device, now: Callable[[], float] = time.perf_counter
+) -> Iterator[list[float]]:
     """Collect the seconds of each call of `transformer`, everything hooked to it included."""
     seconds: list[float] = []
     started = [0.0]
 
     def before(*_: Any) -> None:
         synchronize(device)
-        started[0] = time.perf_counter()
+        started[0] = now()
 
     def after(*_: Any) -> None:
         synchronize(device)
-        seconds.append(time.perf_counter() - started[0])
+        seconds.append(now() - started[0])
 
     handles = [
         transformer.register_forward_pre_hook(before, prepend=True),

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from step_cost import clock
 from torch import nn
 
 import dita
@@ -140,17 +141,18 @@ def big_flux() -> tuple[Any, dict[str, Any]]:
     return pipe, {"height": 256, "width": 256, "output_type": "latent", **embeds}
 
 
-def loaded(name: str, batch: int, steps: int) -> tuple[Any, Callable[[], Any]]:
+def loaded(name: str, batch: int | None, steps: int) -> tuple[Any, Callable[[], Any]]:
     """A pipeline, and what runs it once."""
     if name == BIG:
         pipe, call = big_flux()
         return pipe, lambda: pipe(num_inference_steps=steps, generator=torch.Generator().manual_seed(0), **call)
     pipe, task = load_pipeline(name), task_of(pipeline_folder(name))
+    batch = batch or task.batch
     sampling = Sampling(batch, batch, steps, task.guidance, 0, task.prompts(batch), task.call)
     return pipe, lambda: draw(pipe, sampling, range(batch))
 
 
-def bench(pipe: Any, run: Callable[[], Any], name: str, repeats: int, clock: Callable[[], float]) -> dict[str, Any]:
+def bench(pipe: Any, run: Callable[[], Any], name: str, repeats: int, now: Callable[[], float]) -> dict[str, Any]:
     """Compare one method with its ideal; milliseconds of one call of the transformer."""
     model = pipe.transformer
     arguments: list[tuple[Any, Any]] = []
@@ -177,11 +179,11 @@ def bench(pipe: Any, run: Callable[[], Any], name: str, repeats: int, clock: Cal
     best: list[float] = []
     for turn in range(repeats + 1):
         with dita.accelerated(pipe, config):
-            seconds = _clocked(model, run, clock)
+            seconds = _seconds(model, run, now)
             actions = [record.action for record in dita.report(pipe).last.records]
         mine = [s for s, action in zip(seconds, actions, strict=True) if action in ("reused", "forecast")]
         at = {number for number, action in enumerate(actions) if action in ("reused", "forecast")}
-        theirs = [] if slim is None else _with_ideal(model, slim, at, run, clock)
+        theirs = [] if slim is None else _with_ideal(model, slim, at, run, now)
         if turn:
             ours, best = ours + mine, best + theirs
     if not ours:
@@ -193,22 +195,14 @@ def bench(pipe: Any, run: Callable[[], Any], name: str, repeats: int, clock: Cal
     return row
 
 
-def _clocked(model: nn.Module, run: Callable[[], Any], clock: Callable[[], float]) -> list[float]:
-    seconds: list[float] = []
-    hooks = [
-        model.register_forward_pre_hook(lambda *_: seconds.append(-clock()), prepend=True),
-        model.register_forward_hook(lambda *_: seconds.append(seconds.pop() + clock())),
-    ]
-    try:
+def _seconds(model: nn.Module, run: Callable[[], Any], now: Callable[[], float]) -> list[float]:
+    with clock(model, torch.device("cpu"), now) as seconds:
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return seconds
 
 
 def _with_ideal(
-    model: nn.Module, slim: nn.Module, at: set[int], run: Callable[[], Any], clock: Callable[[], float]
+    model: nn.Module, slim: nn.Module, at: set[int], run: Callable[[], Any], now: Callable[[], float]
 ) -> list[float]:
     """Seconds of the calls `at`, in which the ideal stands in for the model."""
     count = itertools.count()
@@ -219,7 +213,7 @@ def _with_ideal(
     patch = Patch(model, "forward", stand_in)
     patch.apply()
     try:
-        seconds = _clocked(model, run, clock)
+        seconds = _seconds(model, run, now)
     finally:
         patch.remove()
     return [seconds[number] for number in sorted(at)]
@@ -230,7 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="fashion-dit", help=f"bundled pipeline by name, a folder, or {BIG}")
     parser.add_argument("--methods", nargs="*", default=None, help="registry names; all if left out")
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=None, help="samples a call; the pipeline's own if left out")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)

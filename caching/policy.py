@@ -171,13 +171,14 @@ class FixedInterval(Policy):
     interval: int
     warmup: int = 1
 
+    def due(self, step: int) -> bool:
+        """Say whether a step of the run is computed."""
+        return step < self.warmup or (step - max(self.warmup - 1, 0)) % self.interval == 0
+
     def decide(self, view: View) -> Verdict:
         """Follow the schedule."""
         step = view.position.local_step
-        if step < self.warmup:
-            return Verdict(True, "warm-up")
-        due = (step - max(self.warmup - 1, 0)) % self.interval == 0
-        return Verdict(due, f"interval {self.interval}")
+        return Verdict(self.due(step), "warm-up" if step < self.warmup else f"interval {self.interval}")
 
 
 @dataclass
