@@ -53,8 +53,8 @@ class Timer:
         return self._end - self._start
 
 
-class Passage:
-    """The way through a module or model site: whose it is, and what its handler says of it once and for all."""
+class Hooked:
+    """A module or model site: whose it is, and what its handler says of it once and for all."""
 
     def __init__(self, site: Site, handler: Handler, part: ModulePart | None = None) -> None:
         self.site, self.handler, self.part = site, handler, part
@@ -97,7 +97,7 @@ class ModelRuntime:
         self._grids: dict[Any, Grid] = {}
         self._parameters = tuple(inspect.signature(type(anatomy.model).forward).parameters)[1:]
         self._entries = [(site, h) for h in self.handlers for site in h.sites if site.kind == "entry"]
-        whole = [Passage(site, h) for h in self.handlers for site in h.sites if site.kind == "model"]
+        whole = [Hooked(site, h) for h in self.handlers for site in h.sites if site.kind == "model"]
         self._outermost = whole[0] if whole else None
         spans = [(site, handler) for handler in self.handlers for site in handler.sites if site.kind == "span"]
         self._starts = {n: [p for p in spans if p[0].first == n] for n in range(len(anatomy.blocks))}
@@ -294,30 +294,30 @@ class ModelRuntime:
 
     def _around_module(self, part: ModulePart) -> Any:
         handler = next(h for h in self.handlers if part.site in h.sites)
-        passage = Passage(part.site, handler, part)
+        hooked = Hooked(part.site, handler, part)
 
         def around(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = self._call
             if call is None:
                 return original(*args, **kwargs)
-            return self._around_site(passage, call, original, args, kwargs)
+            return self._around_site(hooked, call, original, args, kwargs)
 
         return around
 
     def _around_site(
-        self, passage: Passage, call: Call, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, hooked: Hooked, call: Call, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run or skip a module or the model, whose output is a tensor, a tuple with Nones, or has `.sample`."""
-        site, handler = passage.site, passage.handler
+        site, handler = hooked.site, hooked.handler
         occurrence = self._occurrences.get(site, 0)
         self._occurrences[site] = occurrence + 1
-        if passage.driven:
+        if hooked.driven:
             return self._driven(site, handler, occurrence, call, lambda: original(*args, **kwargs))
         inputs: Features = (call.latents,) if site.kind == "model" else ()
-        if passage.wants_inputs:
+        if hooked.wants_inputs:
             inputs = (_first_tensor(args, kwargs),)
         if handler.compute(site, call, inputs):
-            if passage.part is not None and handler.wants_attention(site, call):
+            if hooked.part is not None and handler.wants_attention(site, call):
                 with AttentionView(lambda seen: handler.attended(site, call, seen)):
                     result = original(*args, **kwargs)
             else:
@@ -326,15 +326,15 @@ class ModelRuntime:
             self._shapes[site, occurrence] = rebuild
             handler.computed(site, occurrence, call, inputs, features)
             return result
-        if passage.by_tokens:
-            stood_in = self._on_some_tokens(passage, call, occurrence, inputs, original, args, kwargs)
+        if hooked.by_tokens:
+            stood_in = self._on_some_tokens(hooked, call, occurrence, inputs, original, args, kwargs)
             if stood_in is not None:
                 return self._shapes[site, occurrence](stood_in)
         return self._shapes[site, occurrence](handler.skipped(site, occurrence, call, inputs))
 
     def _on_some_tokens(
         self,
-        passage: Passage,
+        hooked: Hooked,
         call: Call,
         occurrence: int,
         inputs: Features,
@@ -343,11 +343,11 @@ class ModelRuntime:
         kwargs: dict[str, Any],
     ) -> Features | None:
         """Run a row-wise module on the tokens that the handler wants fresh; None if it wants none."""
-        tokens, site, handler = _first_tensor(args, kwargs), passage.site, passage.handler
+        tokens, site, handler = _first_tensor(args, kwargs), hooked.site, hooked.handler
         fresh = None if tokens is None else handler.fresh(site, occurrence, call, tokens.shape)
         if tokens is None or fresh is None:
             return None
-        if passage.part is None or not passage.part.row_wise:
+        if hooked.part is None or not hooked.part.row_wise:
             raise DitaError(
                 f"{site.name} of {self.anatomy.name} is not known to treat every token by itself, so that it "
                 "cannot run on some of them; reuse its output instead"

@@ -5,9 +5,10 @@
 
 A stock FluxPipeline over scenes of two garments, 32x64 pixels: two double-stream and six single-stream blocks of width
 192 over 128 image tokens (4x4 pixels each) and 16 words, a small T5 and a small CLIP text model trained with it.
-Rectified flow (arXiv 2210.02747) with logit-normal noise levels, captions dropped in one of ten samples. The features
-after the third block are held to those of the garment classifier, place by place (REPA, arXiv 2410.06940): not of the
-world's reader, which judges the samples.
+Rectified flow (arXiv 2210.02747) with logit-normal noise levels, half of them shifted by 12, captions dropped in one of
+ten samples. The text encoders first learn to read, by themselves (`dita.eval.training.reading`). The features after
+the third block are held to those of the garment classifier, place by place (REPA, arXiv 2410.06940): not of the world's
+reader, which judges the samples.
 
 The first command trains at guidance embedding 1. The second distils classifier-free guidance into the guidance
 embedding (arXiv 2210.03142), so that `guidance_scale` costs one call a step; at `guidance_scale=1` the model stays the

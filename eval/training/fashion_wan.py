@@ -4,8 +4,8 @@
 
 A stock WanPipeline over clips of one moving garment, 13 frames of 32x32 pixels: eight blocks of width 128 over 3,328
 tokens (2x2 pixels of one frame each), a small UMT5 encoder trained with it. Rectified flow (arXiv 2210.02747) with
-logit-normal noise levels shifted by 2, captions dropped in one of ten samples. Positions are rotary, so that training
-begins at 16x16 pixels and with few frames, and ends at full size: see `STAGES`.
+logit-normal noise levels, half shifted by 2 and half by 24, captions dropped in one of ten samples.
+Positions are rotary, so that training begins at 16x16 pixels and with few frames, and ends at full size: see `STAGES`.
 """
 
 from __future__ import annotations
