@@ -151,6 +151,6 @@ class MagCache(CalibratedMethod):
 
     @classmethod
     def ladder(cls) -> tuple[MagCache, ...]:
-        """From 0.02 with 2 skips to 0.24 with 6."""
+        """From 0.02 with 2 skips to 0.24 with 6, at last with a tenth of the steps retained."""
         pairs = ((0.02, 2), (0.04, 2), (0.06, 3), (0.12, 4), (0.24, 6))
-        return tuple(cls(threshold=t, max_skip=k) for t, k in pairs)
+        return (*(cls(threshold=t, max_skip=k) for t, k in pairs), cls(threshold=0.24, max_skip=6, retention=0.1))
