@@ -185,7 +185,7 @@ def scheduled(length: int, interval: int, warmup: int) -> list[tuple[tuple[int, 
         >>> scheduled(7, 3, 2)
         [((1, 0), 2), ((1, 0), 3), ((4, 1, 0), 5), ((4, 1, 0), 6)]
     """
-    computed = [s for s in range(length) if FixedInterval(interval, warmup).due(s)]
+    computed = list(filter(FixedInterval(interval, warmup).due, range(length)))
     kept = [s for s in computed if s >= warmup - 2]
     anchors = [(tuple(a for a in reversed(kept) if a < s)[:_ANCHORS], s) for s in range(length) if s not in computed]
     return [(before, s) for before, s in anchors if before]
