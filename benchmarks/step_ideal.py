@@ -181,8 +181,8 @@ def bench(pipe: Any, run: Callable[[], Any], name: str, repeats: int, now: Calla
         with dita.accelerated(pipe, config):
             seconds = _seconds(model, run, now)
             actions = [record.action for record in dita.report(pipe).last.records]
-        mine = [s for s, action in zip(seconds, actions, strict=True) if action in ("reused", "forecast")]
-        at = {number for number, action in enumerate(actions) if action in ("reused", "forecast")}
+        at = [number for number, action in enumerate(actions) if action in ("reused", "forecast")]
+        mine = [seconds[number] for number in at]
         theirs = [] if slim is None else _with_ideal(model, slim, at, run, now)
         if turn:
             ours, best = ours + mine, best + theirs
@@ -202,7 +202,7 @@ def _seconds(model: nn.Module, run: Callable[[], Any], now: Callable[[], float])
 
 
 def _with_ideal(
-    model: nn.Module, slim: nn.Module, at: set[int], run: Callable[[], Any], now: Callable[[], float]
+    model: nn.Module, slim: nn.Module, at: list[int], run: Callable[[], Any], now: Callable[[], float]
 ) -> list[float]:
     """Seconds of the calls `at`, in which the ideal stands in for the model."""
     count = itertools.count()
@@ -216,7 +216,7 @@ def _with_ideal(
         seconds = _seconds(model, run, now)
     finally:
         patch.remove()
-    return [seconds[number] for number in sorted(at)]
+    return [seconds[number] for number in at]
 
 
 def main() -> None:
