@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dita.eval.classifier import FashionClassifier, load_classifier
+    from dita.eval.columns import psnr_of
     from dita.eval.costmodel import CostModel
     from dita.eval.data import CLASSES, load_fashion_mnist
     from dita.eval.flops import count_flops
@@ -33,6 +34,7 @@ _HOMES = {
     "load_pipeline": "pipelines",
     "measure": "timing",
     "pinned_threads": "timing",
+    "psnr_of": "columns",
     "read_rows": "rows",
     "run_sweep": "sweep",
 }
@@ -50,6 +52,7 @@ __all__ = [
     "load_pipeline",
     "measure",
     "pinned_threads",
+    "psnr_of",
     "read_rows",
     "run_sweep",
 ]
