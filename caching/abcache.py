@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dita.anatomy import Anatomy
-from dita.caching.base import CachingMethod, check_whole
+from dita.caching.base import CachingMethod
 from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast
 from dita.caching.policy import Periodic
+from dita.config import check_whole
 from dita.registry import register
 
 

@@ -23,10 +23,11 @@ from typing import ClassVar
 import torch
 
 from dita.anatomy import Anatomy
-from dita.caching.base import CachingMethod, check_number, check_whole
+from dita.caching.base import CachingMethod
 from dita.caching.engine import Recipe
 from dita.caching.policy import Policy, Verdict, View
 from dita.caching.storage import bytes_of
+from dita.config import check_number, check_whole
 from dita.errors import DitaError
 from dita.registry import register
 from dita.seams import Features, Site

@@ -22,7 +22,6 @@ from typing import Any, ClassVar
 import torch
 
 from dita.anatomy import Anatomy
-from dita.caching.base import check_whole
 from dita.caching.engine import Recipe
 from dita.caching.policy import Verdict, View
 from dita.caching.table import (
@@ -35,6 +34,7 @@ from dita.caching.table import (
     nearest_index,
     table_for,
 )
+from dita.config import check_whole
 from dita.registry import register
 from dita.seams import Features, Site
 

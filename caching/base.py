@@ -10,7 +10,7 @@ from dita.anatomy import Anatomy
 from dita.caching.budget import BudgetHandler, Form
 from dita.caching.engine import CacheHandler, Recipe
 from dita.caching.storage import Storage
-from dita.config import Method
+from dita.config import Method, check_whole
 from dita.errors import DitaError
 from dita.seams import Handler
 
@@ -91,18 +91,3 @@ class CachingMethod(Method):
         if self.max_cache_bytes:
             return BudgetHandler(tuple(self.forms(anatomy)), self.name, self.max_cache_bytes)
         return CacheHandler(self.recipe(anatomy), anatomy, self.name, self.storage())
-
-
-def check_whole(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Raise `DitaError` unless `value` is a whole number from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        limit = f"from {low}" + ("" if high is None else f" to {high}")
-        raise DitaError(f"{name} is {value!r}; expected a whole number {limit}")
-
-
-def check_number(name: str, value: object, low: float, high: float | None = None) -> None:
-    """Raise `DitaError` unless `value` is a finite number from `low` to `high`."""
-    fine = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value < float("inf")
-    if not fine or (high is not None and value > high):  # pyright: ignore[reportOperatorIssue]
-        limit = f"of at least {low:g}" + ("" if high is None else f" and at most {high:g}")
-        raise DitaError(f"{name} is {value!r}; expected a finite number {limit}")

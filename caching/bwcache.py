@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dita.anatomy import Anatomy
-from dita.caching.base import CachingMethod, check_number
+from dita.caching.base import CachingMethod
 from dita.caching.engine import Recipe
 from dita.caching.policy import Policy, Verdict, View
+from dita.config import check_number
 from dita.registry import register
 
 

@@ -28,12 +28,13 @@ from typing import ClassVar
 import torch
 
 from dita.anatomy import Anatomy
-from dita.caching.base import CachingMethod, check_number, check_whole
+from dita.caching.base import CachingMethod
 from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast
 from dita.caching.history import Entry, History
 from dita.caching.policy import FixedInterval, Verdict, View
 from dita.caching.storage import Storage, bytes_of
+from dita.config import check_number, check_whole
 from dita.errors import DitaError
 from dita.kernels.tokens import cluster_tokens, draw_per_cluster
 from dita.registry import register

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dita.anatomy import Anatomy
-from dita.caching.base import CachingMethod, check_number, check_whole
+from dita.caching.base import CachingMethod
 from dita.caching.engine import Recipe
 from dita.caching.policy import Policy, Verdict, View
+from dita.config import check_number, check_whole
 from dita.errors import DitaError
 from dita.registry import register
 from dita.seams import Site

@@ -35,10 +35,10 @@ from typing import Any, ClassVar
 
 from dita.anatomy import Anatomy
 from dita.caching.bac import ScheduledSites
-from dita.caching.base import check_number, check_whole
 from dita.caching.engine import Recipe
 from dita.caching.harmonica_training import Training, train_router
 from dita.caching.table import CalibratedMethod, Table, table_for
+from dita.config import check_number, check_whole
 from dita.registry import register
 
 

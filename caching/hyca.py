@@ -34,12 +34,12 @@ from typing import Any, ClassVar
 import torch
 
 from dita.anatomy import Anatomy
-from dita.caching.base import check_whole
 from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast, taylor_weights
 from dita.caching.history import History
 from dita.caching.policy import FixedInterval, View
 from dita.caching.table import CalibratedMethod, Measurement, Recorder, Table, measure, table_for
+from dita.config import check_whole
 from dita.errors import DitaError
 from dita.registry import register
 from dita.seams import Call, Features, Site

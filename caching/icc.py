@@ -26,12 +26,12 @@ import torch
 from torch import nn
 
 from dita.anatomy import Anatomy
-from dita.caching.base import check_whole
 from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast
 from dita.caching.history import History
 from dita.caching.policy import Periodic, View
 from dita.caching.table import CalibratedMethod, Measurement, Recorder, Table, measure, table_for
+from dita.config import check_whole
 from dita.errors import DitaError
 from dita.registry import register
 from dita.seams import Call, Features, Site

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from dita.anatomy import Anatomy
-from dita.caching.base import CachingMethod, check_whole
+from dita.caching.base import CachingMethod
 from dita.caching.engine import Recipe
 from dita.caching.policy import Periodic
+from dita.config import check_whole
 from dita.registry import register
 
 

@@ -22,11 +22,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from dita.anatomy import Anatomy
-from dita.caching.base import check_number, check_whole
 from dita.caching.engine import Recipe
 from dita.caching.magnitude import MagnitudeTable, measure_magnitudes
 from dita.caching.policy import Guards, Verdict, View
 from dita.caching.table import CalibratedMethod, Table, TablePolicy, nearest_index, table_for
+from dita.config import check_number, check_whole
 from dita.registry import register
 
 

@@ -29,11 +29,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from dita.anatomy import Anatomy
-from dita.caching.base import check_number, check_whole
 from dita.caching.engine import Recipe
 from dita.caching.foreground import Profiler
 from dita.caching.policy import Policy, Verdict, View
 from dita.caching.table import CalibratedMethod, Measurement, Table, measure, table_for
+from dita.config import check_number, check_whole
 from dita.errors import DitaError
 from dita.registry import register
 from dita.seams import Site

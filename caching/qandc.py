@@ -31,10 +31,10 @@ from typing import Any, ClassVar
 import torch
 
 from dita.anatomy import Anatomy
-from dita.caching.base import check_number, check_whole
 from dita.caching.engine import Recipe
 from dita.caching.policy import Periodic, Verdict, View
 from dita.caching.table import CalibratedMethod, Measurement, Recorder, Table, TablePolicy, measure, table_for
+from dita.config import check_number, check_whole
 from dita.errors import DitaError
 from dita.grid import channel_axis
 from dita.registry import register

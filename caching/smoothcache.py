@@ -22,10 +22,10 @@ from typing import Any, ClassVar
 import torch
 
 from dita.anatomy import Anatomy
-from dita.caching.base import check_number, check_whole
 from dita.caching.engine import Recipe
 from dita.caching.policy import Verdict, View, relative_l1
 from dita.caching.table import CalibratedMethod, Measurement, Recorder, Table, TablePolicy, measure, table_for
+from dita.config import check_number, check_whole
 from dita.registry import register
 from dita.seams import Features, Site
 

@@ -28,7 +28,6 @@ from typing import Any, ClassVar
 import torch
 
 from dita.anatomy import Anatomy
-from dita.caching.base import check_number
 from dita.caching.engine import Recipe
 from dita.caching.policy import Guards, Verdict, View, relative_l1
 from dita.caching.storage import bytes_of
@@ -42,6 +41,7 @@ from dita.caching.table import (
     stream_key,
     table_for,
 )
+from dita.config import check_number
 from dita.registry import register
 from dita.seams import Features, Site
 

@@ -27,9 +27,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dita.anatomy import Anatomy
-from dita.caching.base import CachingMethod, check_number, check_whole
+from dita.caching.base import CachingMethod
 from dita.caching.engine import Recipe
 from dita.caching.tokenwise import SCORES, SPREADS, TokenSettings, spread_for, token_wise
+from dita.config import check_number, check_whole
 from dita.errors import DitaError
 from dita.registry import register
 

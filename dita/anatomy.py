@@ -159,6 +159,12 @@ class Anatomy:
                 parts.append(part)
         return tuple(sorted(parts, key=lambda part: part.site.block))
 
+    @property
+    def attention_sites(self) -> tuple[Site, ...]:
+        """Self- and joint attention inside the blocks, in execution order: where tokens of the image see each other."""
+        parts = [p for p in (*self.modules, *self.inner) if p.site.role == "attention" and not p.site.text]
+        return tuple(attention_site(part.site) for part in sorted(parts, key=lambda part: part.site.block))
+
     def require(self, seam: str, method: str) -> None:
         """Raise `DitaError` with the reason if the seam is missing."""
         if seam in self.reasons:
@@ -166,6 +172,16 @@ class Anatomy:
                 f"{method} needs the {seam} seam, which {self.name} does not offer: {self.reasons[seam]}; "
                 "dita.supports(pipe) lists what it does offer"
             )
+
+
+def attention_site(site: Site) -> Site:
+    """The scaled dot-product attention inside an attention module.
+
+    Example:
+        >>> attention_site(Site("module", "blocks.0.attn1", block=0, role="attention")).name
+        'attention of blocks.0.attn1'
+    """
+    return Site("attention", f"attention of {site.name}", block=site.block, role=site.role)
 
 
 def describe(model: nn.Module) -> Anatomy:

@@ -36,6 +36,36 @@ class Attended:
     scale: float | None = None
     causal: bool = False
 
+    def attend(self) -> torch.Tensor:
+        """The attention itself: [B, H, N, D].
+
+        Example:
+            >>> q = torch.zeros(1, 2, 3, 4)
+            >>> Attended(q, q, q).attend().shape
+            torch.Size([1, 2, 3, 4])
+        """
+        return torch.nn.functional.scaled_dot_product_attention(
+            self.q, self.k, self.v, self.mask, is_causal=self.causal, scale=self.scale,
+            enable_gqa=self.k.shape[1] != self.q.shape[1],
+        )  # fmt: skip
+
+    @property
+    def key_mask(self) -> torch.Tensor | None:
+        """The mask as bool [B, M], True for keys that count, where it is the same for all queries and heads; else None.
+
+        Example:
+            >>> q = torch.zeros(1, 2, 3, 4)
+            >>> Attended(q, q, q, torch.tensor([True, True, False])[None, None, None]).key_mask
+            tensor([[ True,  True, False]])
+        """
+        mask = self.mask
+        if mask is None or mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != 1:
+            return None
+        allowed = mask if mask.dtype == torch.bool else mask > -1e4
+        if mask.dtype != torch.bool and not bool((mask.masked_fill(~allowed, 0) == 0).all()):
+            return None  # it weighs keys instead of leaving them out
+        return allowed[:, 0, 0].expand(self.k.shape[0], self.k.shape[2])
+
     def rows(self, queries: slice = slice(None), elements: int = _ELEMENTS) -> Iterator[torch.Tensor]:
         """Rows of the attention map in order, a few at a time.
 
@@ -172,12 +202,46 @@ class AttentionView(TorchFunctionMode):
         """See torch.overrides."""
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:
-            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            mask, scale, causal = given.get("attn_mask"), given.get("scale"), bool(given.get("is_causal", False))
             # The mode is off in here: what `look` computes is not looked at.
-            self.look(Attended(given["query"], given["key"], given["value"], mask, scale, causal))
+            self.look(_given(args, kwargs))
         return func(*args, **kwargs)
+
+
+class AttentionTaken(TorchFunctionMode):
+    """Within the `with` block, let `take` answer every scaled dot-product attention.
+
+    A mode entered later is asked first: an `AttentionView` inside sees what the module computed either way.
+
+    Args:
+        take: called with what the attention was given and with the attention itself, which computes the same from the
+            very object it gets, and from another what that says; returns the output [B, H, N, D].
+
+    Example:
+        >>> q = torch.zeros(1, 2, 3, 4)
+        >>> with AttentionTaken(lambda seen, plain: plain(seen) + 1):
+        ...     out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        >>> out.unique()
+        tensor([1.])
+    """
+
+    def __init__(self, take: Callable[[Attended, Callable[[Attended], torch.Tensor]], torch.Tensor]) -> None:
+        super().__init__()
+        self.take = take
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """See torch.overrides."""
+        kwargs = kwargs or {}
+        if func is not torch.nn.functional.scaled_dot_product_attention or kwargs.get("dropout_p"):
+            return func(*args, **kwargs)
+        given = _given(args, kwargs)
+        return self.take(given, lambda seen: func(*args, **kwargs) if seen is given else seen.attend())
+
+
+def _given(args: Any, kwargs: dict[str, Any]) -> Attended:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    mask, scale, causal = given.get("attn_mask"), given.get("scale"), bool(given.get("is_causal", False))
+    return Attended(given["query"], given["key"], given["value"], mask, scale, causal)
 
 
 def joined(parts: list[torch.Tensor]) -> torch.Tensor:

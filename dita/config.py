@@ -164,3 +164,18 @@ def _known(cls: type[Method], values: dict[str, Any]) -> dict[str, Any]:
     if unknown:
         raise DitaError(f"{cls.name} has no setting {', '.join(unknown)}; it has: {', '.join(names)}")
     return values
+
+
+def check_whole(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Raise `DitaError` unless `value` is a whole number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        limit = f"from {low}" + ("" if high is None else f" to {high}")
+        raise DitaError(f"{name} is {value!r}; expected a whole number {limit}")
+
+
+def check_number(name: str, value: object, low: float, high: float | None = None) -> None:
+    """Raise `DitaError` unless `value` is a finite number from `low` to `high`."""
+    fine = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value < float("inf")
+    if not fine or (high is not None and value > high):  # pyright: ignore[reportOperatorIssue]
+        limit = f"of at least {low:g}" + ("" if high is None else f" and at most {high:g}")
+        raise DitaError(f"{name} is {value!r}; expected a finite number {limit}")

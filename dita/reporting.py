@@ -12,8 +12,8 @@ from dita.errors import DitaWarning
 if TYPE_CHECKING:
     from dita.runtime import Timer
 
-_MARK = {"computed": "#", "partial": "+", "reused": ".", "forecast": "~"}
-_COLOUR = {"computed": "#1f77b4", "partial": "#9ecae1", "reused": "#d9d9d9", "forecast": "#ffbf66"}
+_MARK = {"computed": "#", "sparse": "%", "partial": "+", "reused": ".", "forecast": "~"}
+_COLOUR = {"computed": "#1f77b4", "sparse": "#74c476", "partial": "#9ecae1", "reused": "#d9d9d9", "forecast": "#ffbf66"}
 KEPT_RUNS = 20
 
 
@@ -37,12 +37,13 @@ class StepRecord:
     Attributes:
         step, stage: solver step from 0, and the model evaluation within it (1 is Heun's second).
         branch: "all", "cond", "uncond" or the pipeline's own name.
-        action: "computed", "reused" (the last value stands in), "forecast" (a weighted sum of past values does) or
-            "partial" (some sites ran).
+        action: "computed", "reused" (the last value stands in), "forecast" (a weighted sum of past values does),
+            "partial" (some sites ran) or "sparse" (all ran, with a part of the attention).
         value: the indicator behind the decision, None where a fixed schedule decided.
         reason: the decision in words.
         model: the pipeline's attribute holding the transformer.
         seconds: time of the call.
+        density: share of the attention's pairs of tokens that were computed, over the layers that computed any.
     """
 
     step: int
@@ -53,6 +54,7 @@ class StepRecord:
     reason: str
     model: str = "transformer"
     seconds: float = 0.0
+    density: float = 1.0
 
 
 @dataclass(repr=False)
@@ -101,13 +103,18 @@ class RunReport:
 
     @property
     def reused(self) -> int:
-        """Transformer calls of which at least a part was reused or forecast."""
+        """Transformer calls of which at least a part was reused, forecast or left out."""
         return sum(record.action != "computed" for record in self.records)
 
     @property
     def computed_fraction(self) -> float:
         """Transformer calls computed, of all; 1.0 when there was none."""
         return 1 - self.reused / len(self.records) if self.records else 1.0
+
+    @property
+    def density(self) -> float:
+        """Mean share of the attention's pairs of tokens that were computed; 1.0 when nothing was left out."""
+        return sum(record.density for record in self.records) / len(self.records) if self.records else 1.0
 
     @property
     def computed_steps(self) -> tuple[int, ...]:
@@ -177,9 +184,11 @@ class RunReport:
             for kind in ("computed", "skipped")
         }
         means = ", ".join(f"{kind} {1000 * sum(v) / len(v):.1f} ms" for kind, v in times.items() if v)
+        sparse = sum(record.action == "sparse" for record in self.records)
+        thinned = f"{sparse} sparse (mean density {self.density:.2f}), " if sparse else ""
         return (
             f"{', '.join(self.methods)}: {self.steps} steps{state}, "
-            f"{self.reused} of {len(self.records)} transformer calls skipped, "
+            f"{self.reused - sparse} of {len(self.records)} transformer calls skipped, {thinned}"
             f"{self.peak_cache_bytes / 2**20:.2f} MiB kept; mean call: {means or 'none'}"
         )
 
@@ -221,7 +230,7 @@ class Report:
     def __str__(self) -> str:
         head = [f"dita: {', '.join(self.methods)}", *(f"  {line}" for line in self.models)]
         body = [str(self.last)] if self.runs else ["no run yet"]
-        legend = "  # computed   ~ forecast   . reused"
+        legend = "  # computed   % sparse   ~ forecast   . reused"
         return "\n".join([*head, *body, legend])
 
     __repr__ = __str__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,8 +11,8 @@ from typing import Any
 
 import torch
 
-from dita.anatomy import Anatomy, Block, ModulePart
-from dita.attention_view import AttentionView
+from dita.anatomy import Anatomy, Block, ModulePart, attention_site
+from dita.attention_view import Attended, AttentionTaken, AttentionView
 from dita.clock import RunClock
 from dita.errors import DitaError
 from dita.grid import Grid, token_grid
@@ -123,6 +124,9 @@ class ModelRuntime:
                 self._patch(part.module, "forward", self._around_module(part))
                 for feeder in part.feeders:
                     self._patch(feeder, "forward", self._around_feeder(part, feeder))
+        for part in (*self.anatomy.modules, *self.anatomy.inner):
+            if attention_site(part.site) in sites:
+                self._patch(part.module, "forward", self._around_attention(attention_site(part.site)))
 
     def detach(self) -> None:
         """Put every hooked method back, last first."""
@@ -189,7 +193,7 @@ class ModelRuntime:
             self._open.clear()
         timer.stop()
         self._current_report().add(
-            StepRecord(position.step, position.stage, position.branch, call.action, call.value, call.reason, self.name),
+            _record(position, call, self.name),
             timer,
             self.bytes_held(),
             call.note,
@@ -301,6 +305,26 @@ class ModelRuntime:
             if call is None:
                 return original(*args, **kwargs)
             return self._around_site(hooked, call, original, args, kwargs)
+
+        return around
+
+    def _around_attention(self, site: Site) -> Any:
+        handlers = [h for h in self.handlers if site in h.sites]
+
+        def around(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = self._call
+            if call is None:
+                return original(*args, **kwargs)
+
+            def take(seen: Attended, plain: Callable[[Attended], torch.Tensor]) -> torch.Tensor:
+                occurrence = self._occurrences.get(site, 0)
+                self._occurrences[site] = occurrence + 1
+                for handler in handlers:
+                    plain = functools.partial(handler.attend, site, occurrence, call, plain=plain)
+                return plain(seen)
+
+            with AttentionTaken(take):
+                return original(*args, **kwargs)
 
         return around
 
@@ -422,6 +446,19 @@ def run_to_attention(block: Block, forward: Original, args: tuple[Any, ...], kwa
     if not seen:
         raise DitaError(f"{block.path} ran without calling its attention: there is nothing to watch")
     return seen[0]
+
+
+def _record(position: Position, call: Call, model: str) -> StepRecord:
+    """What the report keeps of a call; one that ran in full but for its attention counts as sparse."""
+    action, reason = call.action, call.reason
+    if action == "computed" and call.density < 1:
+        action = "sparse"
+    if call.sparsely:
+        reason = f"{reason}; {call.sparsely}" if reason else call.sparsely
+    value = call.density if action == "sparse" and call.value is None else call.value
+    return StepRecord(
+        position.step, position.stage, position.branch, action, value, reason, model, density=call.density
+    )
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:

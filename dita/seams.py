@@ -24,8 +24,9 @@ class Site:
     """One place of one model where a method may watch or act.
 
     Attributes:
-        kind: "model" (the whole call), "span" (consecutive blocks), "module" (an attention or MLP inside a block) or
-            "entry" (what the attention of block `first` is about to read; can be watched, not skipped).
+        kind: "model" (the whole call), "span" (consecutive blocks), "module" (an attention or MLP inside a block),
+            "attention" (scaled dot-product attention inside such a module) or "entry" (what the attention of block
+            `first` is about to read; can be watched, not skipped).
         name: unique within the model, such as "blocks[0:8]" or "transformer_blocks.3.attn1".
         first, last: the span's block numbers, both included, counted over all block lists in execution order.
         block: the block number of a module site.
@@ -35,7 +36,7 @@ class Site:
         text: the module reads the text stream alone.
     """
 
-    kind: Literal["model", "span", "module", "entry"]
+    kind: Literal["model", "span", "module", "attention", "entry"]
     name: str
     first: int = -1
     last: int = -1
@@ -90,6 +91,8 @@ class Call:
         latents: what the transformer denoises, as it was called with it.
         action, value, reason: what was done, as in `dita.reporting.StepRecord`.
         note: what the run's report is to say about memory, "" for nothing new.
+        density: share of the attention's pairs of tokens that were computed, over the layers that computed any.
+        sparsely: why that share is what it is, "" where nothing took part in attention.
     """
 
     position: Position
@@ -101,6 +104,8 @@ class Call:
     value: float | None = None
     reason: str = ""
     note: str = ""
+    density: float = 1.0
+    sparsely: str = ""
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,22 @@ class Handler:
 
     def attended(self, site: Site, call: Call, seen: Attended) -> None:
         """The module calls scaled dot-product attention with these tensors, which must not be changed."""
+
+    def attend(
+        self, site: Site, occurrence: int, call: Call, seen: Attended, plain: Callable[[Attended], torch.Tensor]
+    ) -> torch.Tensor:
+        """Answer one call of scaled dot-product attention of an "attention" site.
+
+        Args:
+            occurrence: which call of the site within this call of the model; models that attend sample by sample make
+                several.
+            seen: what it was given.
+            plain: computes it; given `seen` itself, exactly what would have been computed without us.
+
+        Returns:
+            [B, H, N, D].
+        """
+        return plain(seen)
 
     def rehearses(self, site: Site, call: Call) -> bool:
         """Say whether the one block of this span, which runs, is to be run for real beforehand, for comparison."""

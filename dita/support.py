@@ -64,11 +64,13 @@ def supports(pipe_or_model: Any, method: str | Method | None = None) -> SupportR
 def _seams(anatomy: Anatomy) -> dict[str, tuple[bool, str]]:
     block = f"{len(anatomy.blocks)} blocks in {len(anatomy.segments)} span(s)"
     module = f"{len(anatomy.modules)} attention and MLP modules"
+    attention = anatomy.attention_sites
     return {
         "step": (True, "the pipeline's scheduler"),
         "model": (True, "the transformer's call"),
         "block": ("block" not in anatomy.reasons, anatomy.reasons.get("block", block)),
         "module": ("module" not in anatomy.reasons, anatomy.reasons.get("module", module)),
+        "attention": (bool(attention), f"{len(attention)} self- or joint attentions inside the blocks"),
     }
 
 
