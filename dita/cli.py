@@ -1,4 +1,4 @@
-"""The command line: `dita demo`, `dita sweep`, `dita join`, `dita methods` and `dita doctor`."""
+"""The command line: `dita demo`, `dita sweep`, `dita join`, `dita bench`, `dita methods` and `dita doctor`."""
 
 from __future__ import annotations
 
@@ -145,6 +145,66 @@ def join(
     from dita.eval.joining import join_sweeps
 
     typer.echo(join_sweeps(folders, out, by_setting))
+
+
+bench = typer.Typer(cls=_Commands, help="Benchmarks of parts: a correctness gate first, then times.")
+app.add_typer(bench, name="bench", no_args_is_help=True)
+
+
+@bench.callback()
+def _bench() -> None:
+    pass
+
+
+@bench.command()
+def attention(
+    out: Annotated[Path, typer.Option(help="Where attention.json, .md and .png go.")] = Path("runs/attention"),
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens, joined by commas.")] = "1024,2048,4096",
+    densities: Annotated[str, typer.Option(help="Shares of the blocks kept, joined by commas.")] = "0.5,0.25,0.1",
+    dtypes: Annotated[str, typer.Option(help="fp32, bf16 or fp16, joined by commas.")] = "fp32,bf16",
+    backends: Annotated[str | None, typer.Option(help="gather, flex or triton; the device's own if left out.")] = None,
+    block: Annotated[int, typer.Option(min=16, help="Tokens of a block.")] = 128,
+    heads: Annotated[int, typer.Option(min=1)] = 4,
+    head_dim: Annotated[int, typer.Option(min=8)] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")] = 5,
+    threads: Threads = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    model: Annotated[
+        str, typer.Option(help="Pipeline whose attention methods are judged on; none for times alone.")
+    ] = ("fashion-wan"),
+    methods: Annotated[
+        list[str] | None,
+        typer.Option("--methods", "-m", help="Only these sparse methods; repeat, or join with commas."),
+    ] = None,
+) -> None:
+    """Time the backends of block-sparse attention, and judge every sparse method on a pipeline's own attention."""
+    from dita.eval.attention_report import bench_attention
+
+    page = bench_attention(
+        out,
+        _numbers("tokens", tokens, int),
+        _numbers("densities", densities, float),
+        _split([dtypes]) or (),
+        _split(None if backends is None else [backends]),
+        block,
+        heads,
+        head_dim,
+        repeats,
+        threads or 0,
+        device,
+        None if model == "none" else model,
+        _split(methods),
+        lambda text: typer.echo(text, err=True),
+    )
+    typer.echo(page.read_text())
+    typer.echo(f"wrote attention.json, attention.md and attention.png in {page.parent}")
+
+
+def _numbers(name: str, text: str, kind: Any) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise DitaError(f"--{name} got {text!r}; expected numbers joined by commas") from None
 
 
 @app.command()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _MARK = {"computed": "#", "sparse": "%", "partial": "+", "reused": ".", "forecast": "~"}
 _COLOUR = {"computed": "#1f77b4", "sparse": "#74c476", "partial": "#9ecae1", "reused": "#d9d9d9", "forecast": "#ffbf66"}
+_WHOLE = ("computed", "sparse")  # actions of calls in which every site ran
 KEPT_RUNS = 20
 
 
@@ -108,8 +109,8 @@ class RunReport:
 
     @property
     def computed_fraction(self) -> float:
-        """Transformer calls computed, of all; 1.0 when there was none."""
-        return 1 - self.reused / len(self.records) if self.records else 1.0
+        """Transformer calls in which every site ran, sparsely or not, of all; 1.0 when there was none."""
+        return sum(r.action in _WHOLE for r in self.records) / len(self.records) if self.records else 1.0
 
     @property
     def density(self) -> float:
@@ -118,8 +119,8 @@ class RunReport:
 
     @property
     def computed_steps(self) -> tuple[int, ...]:
-        """Solver steps of which at least one call was computed."""
-        return tuple(sorted({record.step for record in self.records if record.action == "computed"}))
+        """Solver steps of which at least one call was computed, sparsely or not."""
+        return tuple(sorted({record.step for record in self.records if record.action in _WHOLE}))
 
     @property
     def seconds(self) -> float:

@@ -14,6 +14,7 @@ import torch
 
 import dita
 from dita.errors import DitaError, DitaWarning
+from dita.eval.composition import Composition
 from dita.eval.flops import count_flops
 from dita.eval.group import Group
 from dita.eval.peers import Peer
@@ -24,7 +25,7 @@ from dita.eval.timing import timed
 _LEAST_PAIRS = 2
 _UNSTEADY = 1.25  # largest over smallest time of the same plain run, above which a setting is marked
 _TRAINING = 1000  # samples that a training draws from
-_LETTERS = {"computed": "C", "partial": "P", "reused": "R", "forecast": "F"}
+_LETTERS = {"computed": "C", "sparse": "S", "partial": "P", "reused": "R", "forecast": "F"}
 
 Observe = Callable[[Drawn, range], None]
 
@@ -39,6 +40,7 @@ class Cost:
     plain_seconds: list[float] = field(default_factory=list)
     matched: list[float] = field(default_factory=list)  # own seconds next to each of plain_seconds
     computed: list[float] = field(default_factory=list)
+    density: list[float] = field(default_factory=list)  # of the attention, where a method thins it
     cache_bytes: list[int] = field(default_factory=list)
     memory_bytes: int | None = None
     timeline: dict[str, str] = field(default_factory=dict)
@@ -164,10 +166,13 @@ class Bench:
                 yield
             cost.computed.append(counter.full_calls_fraction)
         else:
-            with dita.accelerated(self.pipe, setting.config):
+            config = setting.config
+            with dita.accelerated(self.pipe, *(config.parts if isinstance(config, Composition) else (config,))):
                 yield
                 run = dita.report(self.pipe).last
             cost.computed.append(run.computed_fraction)
+            if run.density < 1:
+                cost.density.append(run.density)
             cost.cache_bytes.append(run.peak_cache_bytes)
             if first:
                 cost.timeline = timeline(run)
@@ -225,6 +230,11 @@ def timeline(run: Any) -> dict[str, str]:
     return lines
 
 
+def _mean(name: str, costs: list[Cost]) -> dict[str, float]:
+    values = [x for cost in costs for x in getattr(cost, name)]
+    return {name: statistics.fmean(values)} if values else {}
+
+
 def merge(costs: list[Cost], plain_flops: float | None) -> dict[str, Any]:
     """Make a row's numbers of what each process measured.
 
@@ -250,6 +260,7 @@ def merge(costs: list[Cost], plain_flops: float | None) -> dict[str, Any]:
         "flops_per_image": flops,
         "flops_ratio": flops / plain_flops if plain_flops else None,
         "computed_fraction": statistics.fmean(x for cost in costs for x in cost.computed),
+        **_mean("density", costs),
         "peak_cache_bytes": max((x for cost in costs for x in cost.cache_bytes), default=0),
         "processes": len(costs),
     }

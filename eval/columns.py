@@ -173,6 +173,9 @@ COLUMNS: tuple[Column, ...] = (
     Column("ms/sample", _number("seconds_per_image", ".1f", 1000), "wall-clock time of a whole run, per sample"),
     Column("FLOPs", _number("flops_ratio", ".1%"), "operations counted, of the plain run's"),
     Column("computed", _number("computed_fraction", ".1%"), "transformer steps computed, of the plain run's"),
+    Column(
+        "density", _number("density", ".1%"), "pairs of tokens that attention computed, of all, over computed layers"
+    ),
     Column("cache MiB", _number("peak_cache_bytes", ".2f", 2**-20), "largest extra memory held, for one batch"),
     Column("peak MiB", _number("peak_memory_bytes", ".0f", 2**-20), "most memory in use during a run"),
     *(Column(each.title, each.text, each.meaning, _spread(each.name, each.form)) for each in METRICS),

@@ -7,7 +7,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from dita.config import Method
 from dita.errors import DitaError
+from dita.eval.composition import JOINT, Composition
 from dita.eval.settings import FEWER_STEPS, PLAIN, Setting, varying
 
 
@@ -23,6 +25,7 @@ def read_recipes(path: str | Path) -> dict[str, Any]:
           - taylorseer                       # its own ladder
           - taylorseer: {interval: [3, 4, 5], order: [1, 2]}   # a grid of six
           - cache-dit dbcache: {threshold: 0.2}
+          - adaspa + taylorseer: {adaspa: {density: [0.2, 0.3]}, taylorseer: {interval: 3}}   # both at once
 
     Args:
         path: of the file.
@@ -54,8 +57,8 @@ def expand(recipes: list[Any], steps: int) -> list[Setting]:
     """Turn a list of recipes into settings, the plain run first.
 
     Args:
-        recipes: names, or mappings of one name to settings, each a value or a list of values to try; for
-            "fewer steps" a list of step counts.
+        recipes: names, or mappings of one name to settings, each a value or a list of values to try; several names
+            joined by " + " are composed, each with a mapping of its own; for "fewer steps" a list of step counts.
         steps: solver steps of the plain run.
 
     Raises:
@@ -76,6 +79,8 @@ def expand(recipes: list[Any], steps: int) -> list[Setting]:
             if wrong:
                 raise DitaError(f"fewer steps has {wrong}; expected whole numbers from 1 to {steps - 1}")
             settings += [Setting(name, f"{count} steps", count) for count in counts]
+        elif JOINT in name:
+            settings += _compositions(name, given or {}, steps)
         elif given is None:
             from dita.eval.settings import plan
 
@@ -83,6 +88,18 @@ def expand(recipes: list[Any], steps: int) -> list[Setting]:
         else:
             settings += _grid(name, given, steps)
     return list({(setting.method, setting.label): setting for setting in settings}.values())
+
+
+def _compositions(name: str, given: Any, steps: int) -> list[Setting]:
+    """Every combination of the parts' settings; a part of which nothing is said has its defaults."""
+    names = name.split(JOINT)
+    if not isinstance(given, Mapping) or set(given) - set(names):
+        raise DitaError(f"settings of {name} are {given!r}; expected a mapping of {', '.join(names)} to theirs")
+    parts = [[setting.config for setting in _grid(part, given.get(part, {}), steps)] for part in names]
+    if not all(isinstance(config, Method) for configs in parts for config in configs):
+        raise DitaError(f"{name} names other projects' accelerators; only methods of dita can be composed")
+    compositions = [Composition(chosen) for chosen in product(*parts)]  # pyright: ignore[reportArgumentType]
+    return [Setting(name, composition.label(), steps, composition) for composition in compositions]
 
 
 def _grid(name: str, given: Any, steps: int) -> list[Setting]:

@@ -16,6 +16,7 @@ from dita.eval.sampling import Sampling
 
 if TYPE_CHECKING:
     from dita.config import Method
+    from dita.eval.composition import Composition
     from dita.eval.peers import Peer
 
 FEWER_STEPS = "fewer steps"
@@ -26,7 +27,8 @@ QUICK = ("taylorseer", "ab-cache", "magcache", "fbcache", "dbcache")
 _FEWER_STEPS_LADDER = (0.8, 0.5, 0.4, 0.3, 0.24, 0.2, 0.16)  # of the plain run's steps
 _ROOMS = ("caching", "kernels", "schedulers", "eval/metrics", "eval/peers")
 _EVAL_FILES = tuple(
-    f"{name}.py" for name in ("bench", "classifier", "data", "flops", "judge", "sampling", "timing", "worldnet")
+    f"{name}.py"
+    for name in ("bench", "classifier", "composition", "data", "flops", "judge", "sampling", "timing", "worldnet")
 )
 
 
@@ -35,7 +37,7 @@ class Setting:
     """One row to be.
 
     Attributes:
-        method: registry name, a peer's name, "fewer steps" or "plain".
+        method: registry name, several joined by " + ", a peer's name, "fewer steps" or "plain".
         label: the setting in words.
         steps: solver steps of the pipeline's call.
         config: the method or peer with its settings; None for the other two.
@@ -44,16 +46,17 @@ class Setting:
     method: str
     label: str
     steps: int
-    config: Method | Peer | None = None
+    config: Method | Composition | Peer | None = None
 
     @property
     def origin(self) -> str:
         """Whose it is: "dita", "peer" or "baseline"."""
         from dita.config import Method
+        from dita.eval.composition import Composition
 
         if self.config is None:
             return "baseline"
-        return "dita" if isinstance(self.config, Method) else "peer"
+        return "dita" if isinstance(self.config, (Method, Composition)) else "peer"
 
     def key(self, context: dict[str, Any]) -> str:
         """Digest of this setting and everything else its numbers depend on, 16 hex digits."""
@@ -125,7 +128,7 @@ def plan(
     return settings
 
 
-def varying(configs: Sequence[Method | Peer]) -> list[str]:
+def varying(configs: Sequence[Method | Composition | Peer]) -> list[str]:
     """Name each config of a ladder by the settings that are not the same all along it.
 
     Example:

@@ -20,7 +20,7 @@ def block_mass(
     Args:
         queries: [B, H, Tq, bq, D], as `Cut.blocks` cuts them.
         keys: [B, Hk, Tk, bk, D].
-        present_q, present_k: bool, broadcast to [B, H, Tq, bq] and [B, H, Tk, bk]: places that hold a token that counts.
+        present_q, present_k: bool, broadcast to [B, H, Tq, bq] and [B, H, Tk, bk]: places of tokens that count.
         lse: float32 [B, H, Tq, bq], log-sum-exp of each query's logits, over these keys and any others.
         scale: of the logits.
 

@@ -164,12 +164,13 @@ def flex_attention(
         *nothing, counts, indices, (plan.block_q, plan.block_k), seq_lengths=(tokens, k.shape[2]),
         compute_q_blocks=False,
     )  # fmt: skip
-    import torch._dynamo as dynamo
+    from torch._dynamo import config
+    from torch._dynamo.exc import FailOnRecompileLimitHit
 
     try:
-        with dynamo.config.patch(recompile_limit=_MAX_SHAPES, fail_on_recompile_limit_hit=True):
+        with config.patch(recompile_limit=_MAX_SHAPES, fail_on_recompile_limit_hit=True):
             return _compiled["flex"](q, k, v, block_mask=mask, scale=scale, enable_gqa=heads != k.shape[1])
-    except dynamo.exc.FailOnRecompileLimitHit:
+    except FailOnRecompileLimitHit:
         raise DitaError(
             f"FlexAttention was compiled for {_MAX_SHAPES} shapes already; use the gather backend for further ones"
         ) from None

@@ -106,7 +106,7 @@ class BlockPlan:
         return float(self.counts.sum()) / max(1, self.counts.numel() * self.indices.shape[-1])
 
     def kept(self, queries: int, keys: int) -> float:
-        """Share of the pairs of tokens whose product is computed; empty places in blocks count as computed.
+        """Share of the pairs of tokens that the plan keeps: the density that reports state.
 
         Args:
             queries, keys: numbers of tokens.
@@ -115,10 +115,13 @@ class BlockPlan:
             >>> BlockPlan.of_mask(torch.ones(1, 1, 2, 2, dtype=torch.bool).tril(), 4, 4).kept(6, 6)
             0.7777777777777778
         """
-        rows = _sizes(queries if self.order_q is None else self.order_q.shape[-1], self.block_q)
-        columns = _sizes(keys if self.order_k is None else self.order_k.shape[-1], self.block_k)
-        mask = self.mask(len(columns)).double().mean((0, 1)).cpu()
-        return float(torch.tensor(rows).double() @ mask @ torch.tensor(columns).double()) / (queries * keys)
+        rows = _filled(self.order_q, queries, self.block_q, self.counts.device)
+        columns = _filled(self.order_k, keys, self.block_k, self.counts.device)
+        batch, heads = (max(x.shape[d] for x in (columns, self.counts)) for d in (0, 1))
+        indices = self.indices.long().expand(batch, heads, -1, -1)
+        read = torch.arange(indices.shape[-1], device=indices.device) < self.counts[..., None]
+        seen = columns.expand(batch, heads, -1).gather(-1, indices.flatten(2)).view_as(indices) * read
+        return float((rows * seen.sum(-1)).sum(-1).mean()) / (queries * keys)
 
     def to(self, device: torch.device | str) -> BlockPlan:
         """The same plan on another device."""
@@ -145,8 +148,13 @@ def block_count(tokens: int, block: int) -> int:
     return -(-tokens // block)
 
 
-def _sizes(tokens: int, block: int) -> list[int]:
-    return [min(block, tokens - start) for start in range(0, tokens, block)]
+def _filled(order: torch.Tensor | None, tokens: int, block: int, device: torch.device) -> torch.Tensor:
+    """How many tokens each block holds: float32 [B' or 1, H' or 1, T]."""
+    if order is None:
+        there = torch.ones(1, 1, tokens, device=device)
+    else:
+        there = (order >= 0).float().view(*(1,) * (3 - order.ndim), *order.shape)
+    return torch.nn.functional.pad(there, (0, -there.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1)
 
 
 def arrange(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:

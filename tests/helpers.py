@@ -9,9 +9,11 @@ import torch
 from pipelines import TINY
 
 from dita import registry
+from dita.caching.base import CachingMethod
 from dita.config import Method
 
 METHODS = registry.names()
+CACHING = tuple(name for name in METHODS if issubclass(registry.get(name), CachingMethod))
 THREE = ("dit", "flux", "wan")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import METHODS, THREE, assert_same_snapshot, configured, plain, snapshot
+from helpers import CACHING, THREE, assert_same_snapshot, configured, plain, snapshot
 from pipelines import TINY
 
 import dita
@@ -193,7 +193,7 @@ def run(tiny: str, method: Any, **call: Any) -> tuple[torch.Tensor, Any]:
 
 
 @pytest.mark.parametrize("tiny", THREE)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CACHING)
 def test_bytes_held_are_the_formulas(name: str, tiny: str) -> None:
     pipe = TINY[tiny].build()
     method: Any = configured(name, "forced", tiny).replace(**ENOUGH.get(name, {}))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import METHODS, THREE, assert_same_snapshot, configured, plain, snapshot
+from helpers import CACHING, METHODS, THREE, assert_same_snapshot, configured, plain, snapshot
 from pipelines import TINY
 
 import dita
@@ -45,7 +45,8 @@ def test_forced_skips_and_restores(method: str, tiny: str) -> None:
     output = TINY[tiny].call(pipe)
     run = dita.report(pipe).last
     assert run.finished and run.steps == 8 and 0 < run.reused < len(run.records)
-    assert run.peak_cache_bytes > 0 and all(record.reason for record in run.records)
+    assert all(record.reason for record in run.records)
+    assert run.peak_cache_bytes > 0 or method not in CACHING
     assert output.isfinite().all() and not torch.equal(output, plain(tiny))
     dita.restore_pipeline(pipe)
     assert_same_snapshot(before, snapshot(pipe))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import METHODS, configured
+from helpers import CACHING, configured
 from pipelines import TINY
 
 import dita
@@ -24,7 +24,7 @@ def run(method: str, **changes: Any) -> tuple[torch.Tensor, Any]:
     return tiny.call(pipe), dita.report(pipe).last
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CACHING)
 def test_every_method_keeps_features_anywhere(method: str) -> None:
     base, plain = run(method, keep_on="device")
     away, moved = run(method, keep_on="host")

@@ -65,11 +65,8 @@ class MassSearch(Policy):
         cut = Cut(asked.layout, self.block, self.block, device=asked.q.device)
         queries, present = cut.blocks(asked.q, self.block)
         keys, _ = cut.blocks(asked.k, self.block)
-        counts = (
-            present if asked.key_mask is None else cut.blocks(asked.key_mask[:, None, :, None], self.block)[0][..., 0]
-        )
         lse, _ = cut.blocks(asked.state["lse"][..., None], self.block)
-        mass = block_mass(queries, keys, present, counts > 0, lse[..., 0], asked.scale)
+        mass = block_mass(queries, keys, present, cut.valid(asked.key_mask, present), lse[..., 0], asked.scale)
         keep = self._keep(mass, present.sum((2, 3)))
         searches = [math.ceil(part * asked.steps - 1e-9) for part in self.search]
         following = min((step for step in searches if step > asked.step), default=asked.steps)

@@ -24,11 +24,14 @@ class SparseMethod(Method):
         dense_steps: first part of the run, from 0 to 1, that stays dense.
         dense_layers: how many of the first layers stay dense.
         cutoff: density above which dense attention is used; gathering and planning cost more than it saves.
+        qk: how queries and keys are multiplied where attention is sparse: "same" as the model's dtype, or "int8" with
+            8-bit numbers (SageAttention's, as in SpargeAttn). On a CPU int8 is emulated: slower, and only for study.
     """
 
     dense_steps: float = field(default=0.2, kw_only=True)
     dense_layers: int = field(default=0, kw_only=True)
     cutoff: float = field(default=0.6, kw_only=True)
+    qk: str = field(default="same", kw_only=True)
 
     claims: ClassVar[frozenset[str]] = frozenset({"which attention is computed"})
     seams: ClassVar[frozenset[str]] = frozenset({"attention"})
@@ -37,6 +40,8 @@ class SparseMethod(Method):
         check_number("dense_steps", self.dense_steps, 0, 1)
         check_whole("dense_layers", self.dense_layers, 0)
         check_number("cutoff", self.cutoff, 0, 1)
+        if self.qk not in ("same", "int8"):
+            raise DitaError(f'qk is {self.qk!r}; expected "same" or "int8"')
         super().__post_init__()
 
     @classmethod
@@ -59,4 +64,5 @@ class SparseMethod(Method):
             )
         policy = self.policy(anatomy)
         policy.dense_steps, policy.dense_layers, policy.cutoff = self.dense_steps, self.dense_layers, self.cutoff
+        policy.qk = self.qk
         return SparseHandler(policy, sites, anatomy.text_at)

@@ -158,6 +158,26 @@ class Cut:
         present = torch.nn.functional.pad(present, (0, short))
         return moved.unflatten(2, (count, block)), present.unflatten(2, (count, block))
 
+    def valid(self, key_mask: torch.Tensor | None, present: torch.Tensor) -> torch.Tensor:
+        """Where a block of keys holds an image token that counts.
+
+        Args:
+            key_mask: bool [B, N] over all tokens; None for all.
+            present: as `blocks` returned it for keys.
+
+        Returns:
+            bool [B' or 1, H' or 1, T, block].
+
+        Example:
+            >>> cut = Cut(Layout((1, 1, 3)), 2, 2)
+            >>> _, present = cut.blocks(torch.ones(1, 1, 3, 1), 2)
+            >>> cut.valid(torch.tensor([[True, False, True]]), present).flatten().tolist()
+            [True, False, True, False]
+        """
+        if key_mask is None:
+            return present
+        return self.blocks(key_mask[:, None, :, None].float(), present.shape[-1])[0][..., 0] > 0
+
     def means(self, x: torch.Tensor, block: int) -> torch.Tensor:
         """The mean image token of every block: float32 [B, H, T, D], 0 for a block without tokens.
 

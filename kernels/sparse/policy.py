@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dita.kernels.block_sparse import block_sparse_attention
-from dita.kernels.plan import BlockPlan
+from dita.kernels.plan import BlockPlan, arrange, key_validity, put_back
 from dita.kernels.sparse.layout import Layout
 
 
@@ -28,6 +28,7 @@ class Asked:
         step, steps: solver steps since the run began, and of the run.
         state: what the policy keeps from step to step, of this layer, branch and stage alone.
         dense: computes the attention as the model would.
+        timestep: of the training schedule, from 0 to 1000.
         density: share of the pairs of tokens that were computed; the policy's `attend` sets it.
         reason: why, in words.
     """
@@ -44,6 +45,7 @@ class Asked:
     steps: int
     state: dict[str, Any]
     dense: Callable[[], torch.Tensor]
+    timestep: float = 0.0
     density: float = field(default=1.0)
     reason: str = ""
 
@@ -58,11 +60,13 @@ class Policy:
         dense_steps: first part of the run, from 0 to 1, that stays dense.
         dense_layers: how many of the first layers stay dense.
         cutoff: a plan of a density above this is not worth its overhead: dense attention then.
+        qk: how a plan's queries and keys are multiplied: "same" as their dtype, or "int8".
     """
 
     dense_steps: float = 0.0
     dense_layers: int = 0
     cutoff: float = 1.0
+    qk: str = "same"
 
     def begin_run(self) -> None:
         """Forget what is kept beside the states."""
@@ -99,8 +103,14 @@ class Policy:
             asked.reason = "the plan keeps everything" if kept >= 1 else f"density {kept:.2f} is above the cut-off"
             return self.watch(asked)
         asked.density = kept
-        out, lse = block_sparse_attention(asked.q, asked.k, asked.v, plan, asked.scale, asked.key_mask)
+        out, lse = self.attention(asked, plan)
         return self.finish(asked, plan, out, lse)
+
+    def attention(self, asked: Asked, plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute what a plan keeps, as `qk` says: output [B, H, N, D] and log-sum-exp, float32 [B, H, N]."""
+        if self.qk == "same":
+            return block_sparse_attention(asked.q, asked.k, asked.v, plan, asked.scale, asked.key_mask)
+        return int8_block_sparse(asked.q, asked.k, asked.v, plan, asked.scale, asked.key_mask)
 
     def _current(self, asked: Asked) -> tuple[BlockPlan | None, float]:
         """The plan in force and its density; a new one if there is none, or its lifetime is over."""
@@ -110,3 +120,31 @@ class Policy:
             kept = 1.0 if plan is None else plan.kept(asked.q.shape[2], asked.k.shape[2])
             asked.state["plan"] = (asked.step + (0 if plan is None else plan.lifetime), plan, kept)
         return plan, kept
+
+
+def int8_block_sparse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: BlockPlan,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`dita.kernels.block_sparse.block_sparse_attention` with queries and keys rounded to 8 bits, as SpargeAttn does.
+
+    Example:
+        >>> q = torch.randn(1, 2, 128, 16)
+        >>> plan = BlockPlan.of_mask(torch.eye(2, dtype=torch.bool)[None, None], 64, 64)
+        >>> near, _ = int8_block_sparse(q, q, q, plan)
+        >>> bool((near - block_sparse_attention(q, q, q, plan)[0]).abs().max() < 0.1)
+        True
+    """
+    from dita.kernels.int8_attention import int8_attention
+
+    if plan.order_k is not None and plan.order_k.ndim == 3 and plan.order_k.shape[1] > 1 and k.shape[1] < q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    out, lse = int8_attention(
+        arrange(q, plan.order_q), arrange(k, plan.order_k), arrange(v, plan.order_k), plan.counts, plan.indices,
+        plan.block_q, plan.block_k, scale, key_validity(plan, key_mask),
+    )  # fmt: skip
+    return put_back(out, plan.order_q, q.shape[2]), put_back(lse, plan.order_q, q.shape[2], -math.inf)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from dita.errors import DitaError
+from dita.eval.composition import Composition
 from dita.eval.recipes import expand, read_recipes
 from dita.eval.settings import plan
 from dita.eval.sweep import read_prompts
@@ -28,6 +29,27 @@ def test_recipes_make_grids():
     assert [setting.steps for setting in settings] == [28, 14, 9, 28, 28, 28, 28, 28]
     assert settings[4].config is not None
     assert settings[4].config.to_dict()["settings"]["order"] == 2
+
+
+def test_recipes_compose_methods():
+    given = {"adaspa": {"density": [0.2, 0.3]}, "taylorseer": {"interval": 3}}
+    settings = expand([{"adaspa + taylorseer": given}, "adaspa + fbcache"], 28)[1:]
+    assert [setting.label for setting in settings] == [
+        "adaspa default, taylorseer interval=3",
+        "adaspa density=0.3, taylorseer interval=3",
+        "adaspa default, fbcache default",
+    ]
+    config = settings[1].config
+    assert isinstance(config, Composition) and [part.name for part in config.parts] == ["adaspa", "taylorseer"]
+    assert config.to_dict()["settings"]["adaspa"]["density"] == 0.3 and settings[1].origin == "dita"
+    assert len({setting.key({}) for setting in settings}) == 3
+    for recipe, match in [
+        ({"adaspa + taylorseer": {"density": 0.3}}, "expected a mapping of adaspa, taylorseer"),
+        ("adaspa + nothing", "unknown method nothing"),
+        ("adaspa + fewer steps", "unknown method fewer steps"),
+    ]:
+        with pytest.raises(DitaError, match=match):
+            expand([recipe], 28)
 
 
 def test_a_bare_name_is_the_methods_own_ladder():
