@@ -12,6 +12,7 @@ from pipelines import TINY
 import dita
 from dita.anatomy import describe
 from dita.caching import FirstBlockCache, TaylorSeer
+from dita.kernels.sparse import AdaSpa
 
 OTHERS = [name for name in TINY if name not in THREE]
 
@@ -34,9 +35,9 @@ def test_skips_and_comes_off(method: str, tiny: str) -> None:
 
 @pytest.mark.parametrize("tiny", OTHERS)
 def test_disabled_hooks_change_nothing(tiny: str) -> None:
-    """One method per seam: hooks on every module, and on every block with a probe."""
+    """One method per seam: hooks on every module, on every block with a probe, on every attention."""
     pipe = TINY[tiny].build()
-    for config in (TaylorSeer.disabled(), FirstBlockCache.disabled()):
+    for config in (TaylorSeer.disabled(), FirstBlockCache.disabled(), AdaSpa.disabled()):
         with dita.accelerated(pipe, config):
             assert torch.equal(TINY[tiny].call(pipe), plain(tiny)), config.name
 
