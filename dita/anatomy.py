@@ -165,6 +165,19 @@ class Anatomy:
         parts = [p for p in (*self.modules, *self.inner) if p.site.role == "attention" and not p.site.text]
         return tuple(attention_site(part.site) for part in sorted(parts, key=lambda part: part.site.block))
 
+    @property
+    def input_sites(self) -> tuple[Site, ...]:
+        """What self- and joint attention inside the blocks reads, in execution order."""
+        parts = [p for p in (*self.modules, *self.inner) if p.site.role == "attention" and not p.site.text]
+        return tuple(input_site(part.site) for part in sorted(parts, key=lambda part: part.site.block))
+
+    @property
+    def block_inputs(self) -> tuple[Site, ...]:
+        """What each block reads."""
+        return tuple(
+            Site("input", f"input of {b.path}", b.number, b.number, block=b.number, role="block") for b in self.blocks
+        )
+
     def require(self, seam: str, method: str) -> None:
         """Raise `DitaError` with the reason if the seam is missing."""
         if seam in self.reasons:
@@ -182,6 +195,16 @@ def attention_site(site: Site) -> Site:
         'attention of blocks.0.attn1'
     """
     return Site("attention", f"attention of {site.name}", block=site.block, role=site.role)
+
+
+def input_site(site: Site) -> Site:
+    """The image tokens that a module reads.
+
+    Example:
+        >>> input_site(Site("module", "blocks.0.attn1", block=0, role="attention")).name
+        'input of blocks.0.attn1'
+    """
+    return Site("input", f"input of {site.name}", block=site.block, role=site.role)
 
 
 def describe(model: nn.Module) -> Anatomy:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,26 @@ class Attended:
             self.q, self.k, self.v, self.mask, is_causal=self.causal, scale=self.scale,
             enable_gqa=self.k.shape[1] != self.q.shape[1],
         )  # fmt: skip
+
+    def biased(self, bias: torch.Tensor) -> Attended:
+        """The same with something added to the logits.
+
+        Args:
+            bias: in q's dtype, broadcast to [B, H, N, M].
+
+        Example:
+            >>> q = torch.zeros(1, 1, 1, 2)
+            >>> k, v = torch.zeros(1, 1, 2, 2), torch.tensor([[[[0.0, 0.0], [3.0, 3.0]]]])
+            >>> Attended(q, k, v).biased(torch.tensor([[1.0, 2.0]]).log()).attend().flatten()
+            tensor([2., 2.])
+        """
+        if self.mask is None:
+            mask = bias
+        elif self.mask.dtype == torch.bool:
+            mask = torch.where(self.mask, bias, -math.inf)
+        else:
+            mask = self.mask + bias
+        return replace(self, mask=mask)
 
     @property
     def key_mask(self) -> torch.Tensor | None:

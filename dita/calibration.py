@@ -18,7 +18,7 @@ def calibrate(
 
     Args:
         pipe: the pipeline to measure on; it comes back as it was, accelerated or not.
-        method: a name or config of a method with `needs_calibration`.
+        method: a name or config of a method that measures numbers, whether it needs them or does without.
         call: runs the pipeline once, for instance ``lambda p: p("a prompt", num_inference_steps=28)``.
         save: file to write the calibrated method to, as JSON; `dita.load_method` reads it.
         options: settings of the method.
@@ -31,7 +31,7 @@ def calibrate(
         >>> pipe = accelerate_pipeline(pipe, magcache)  # doctest: +SKIP
     """
     config = resolve(method, **options)
-    if not config.needs_calibration:
+    if not config.needs_calibration and type(config).calibrated is Method.calibrated:
         raise DitaError(f"{config.name} has no numbers to measure; attach it with accelerate_pipeline as it is")
     result = config.calibrated(pipe, call)
     if save is not None:

@@ -12,9 +12,16 @@ from dita.errors import DitaWarning
 if TYPE_CHECKING:
     from dita.runtime import Timer
 
-_MARK = {"computed": "#", "sparse": "%", "partial": "+", "reused": ".", "forecast": "~"}
-_COLOUR = {"computed": "#1f77b4", "sparse": "#74c476", "partial": "#9ecae1", "reused": "#d9d9d9", "forecast": "#ffbf66"}
-_WHOLE = ("computed", "sparse")  # actions of calls in which every site ran
+_MARK = {"computed": "#", "low-bit": "=", "sparse": "%", "partial": "+", "reused": ".", "forecast": "~"}
+_COLOUR = {
+    "computed": "#1f77b4",
+    "low-bit": "#9e9ac8",
+    "sparse": "#74c476",
+    "partial": "#9ecae1",
+    "reused": "#d9d9d9",
+    "forecast": "#ffbf66",
+}
+_WHOLE = ("computed", "low-bit", "sparse")  # actions of calls in which every site ran
 KEPT_RUNS = 20
 
 
@@ -39,7 +46,8 @@ class StepRecord:
         step, stage: solver step from 0, and the model evaluation within it (1 is Heun's second).
         branch: "all", "cond", "uncond" or the pipeline's own name.
         action: "computed", "reused" (the last value stands in), "forecast" (a weighted sum of past values does),
-            "partial" (some sites ran) or "sparse" (all ran, with a part of the attention).
+            "partial" (some sites ran), "sparse" (all ran, with a part of the attention) or "low-bit" (all ran, with
+            attention in fewer bits).
         value: the indicator behind the decision, None where a fixed schedule decided.
         reason: the decision in words.
         model: the pipeline's attribute holding the transformer.
@@ -104,7 +112,7 @@ class RunReport:
 
     @property
     def reused(self) -> int:
-        """Transformer calls of which at least a part was reused, forecast or left out."""
+        """Transformer calls of which at least a part was reused, forecast, left out or computed in fewer bits."""
         return sum(record.action != "computed" for record in self.records)
 
     @property
@@ -185,11 +193,12 @@ class RunReport:
             for kind in ("computed", "skipped")
         }
         means = ", ".join(f"{kind} {1000 * sum(v) / len(v):.1f} ms" for kind, v in times.items() if v)
-        sparse = sum(record.action == "sparse" for record in self.records)
+        sparse, low = (sum(record.action == kind for record in self.records) for kind in ("sparse", "low-bit"))
         thinned = f"{sparse} sparse (mean density {self.density:.2f}), " if sparse else ""
+        thinned += f"{low} low-bit, " if low else ""
         return (
             f"{', '.join(self.methods)}: {self.steps} steps{state}, "
-            f"{self.reused - sparse} of {len(self.records)} transformer calls skipped, {thinned}"
+            f"{self.reused - sparse - low} of {len(self.records)} transformer calls skipped, {thinned}"
             f"{self.peak_cache_bytes / 2**20:.2f} MiB kept; mean call: {means or 'none'}"
         )
 
@@ -231,7 +240,7 @@ class Report:
     def __str__(self) -> str:
         head = [f"dita: {', '.join(self.methods)}", *(f"  {line}" for line in self.models)]
         body = [str(self.last)] if self.runs else ["no run yet"]
-        legend = "  # computed   % sparse   ~ forecast   . reused"
+        legend = "  # computed   = low-bit   % sparse   ~ forecast   . reused"
         return "\n".join([*head, *body, legend])
 
     __repr__ = __str__

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dita.anatomy import Anatomy, Block, ModulePart, attention_site
+from dita.anatomy import Anatomy, Block, ModulePart, attention_site, input_site
 from dita.attention_view import Attended, AttentionTaken, AttentionView
 from dita.clock import RunClock
 from dita.errors import DitaError
@@ -20,6 +20,7 @@ from dita.kernels.tokens import gather_tokens
 from dita.patch import Patch
 from dita.reporting import RunReport, StepRecord
 from dita.seams import Call, Features, Handler, Position, Site
+from dita.token_input import TokenInput
 
 Original = Callable[..., Any]
 
@@ -115,6 +116,16 @@ class ModelRuntime:
         if hasattr(model, "cache_context"):
             self._patch(model, "cache_context", self._cache_context)
         sites = {site for handler in self.handlers for site in handler.sites}
+        self._check_inputs(sites)
+        # The innermost hooks come first: a module that is skipped, or whose block is, reads nothing.
+        for block, site in zip(self.anatomy.blocks, self.anatomy.block_inputs, strict=True):
+            if site in sites:
+                place = block.entry.returns.index("hidden")
+                self._patch(block.module, "forward", self._around_input(site, block.module, block, place))
+        for part in (*self.anatomy.modules, *self.anatomy.inner):
+            if input_site(part.site) in sites:
+                block = self.anatomy.blocks[part.site.block]
+                self._patch(part.module, "forward", self._around_input(input_site(part.site), part.module, block))
         covered = {n for site in sites if site.kind in ("span", "entry") for n in range(site.first, site.last + 1)}
         for block in self.anatomy.blocks:
             if block.number in covered:
@@ -328,6 +339,40 @@ class ModelRuntime:
 
         return around
 
+    def _check_inputs(self, sites: set[Site]) -> None:
+        """Refuse to reuse layers inside of attention modules whose tokens are reduced: each time by other tokens."""
+        for part in (*self.anatomy.modules, *self.anatomy.inner):
+            inside = part.site.name + "."
+            if part.site.role == "attention" and input_site(part.site) in sites:
+                clash = next((s.name for s in sites if s.role == "linear" and s.name.startswith(inside)), None)
+                if clash is not None:
+                    raise DitaError(
+                        f"one method reuses {clash}, another changes from step to step which tokens "
+                        f"{part.site.name} reads: they exclude each other; choose one"
+                    )
+
+    def _around_input(self, site: Site, module: torch.nn.Module, block: Block, place: int = 0) -> Any:
+        """Let the handler reduce the image tokens that a module or block reads."""
+        handler = next(h for h in self.handlers if site in h.sites)
+        names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        text_at = block.entry.text if "encoder" in block.entry.returns else ""
+
+        def around(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = self._call
+            if call is None:
+                return original(*args, **kwargs)
+            occurrence = self._occurrences.get(site, 0)
+            self._occurrences[site] = occurrence + 1
+            where = site.name.removeprefix("input of ")
+            found = TokenInput.read(where, names, args, kwargs, call.grid, text_at, place)
+            if isinstance(found, str):
+                handler.irreducible(site, call, found)
+                return original(*args, **kwargs)
+            reducer = handler.reducer(site, occurrence, call, found.tokens, found.text)
+            return original(*args, **kwargs) if reducer is None else found.run(original, reducer)
+
+        return around
+
     def _around_site(
         self, hooked: Hooked, call: Call, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -342,6 +387,11 @@ class ModelRuntime:
             inputs = (_first_tensor(args, kwargs),)
         if handler.compute(site, call, inputs):
             if hooked.part is not None and handler.wants_attention(site, call):
+                if any(input_site(site) in h.sites for h in self.handlers):
+                    raise DitaError(
+                        f"one method ranks the tokens of {site.name} by its attention, of which another reduces the "
+                        "tokens: they exclude each other; choose one (asymrnr goes with both)"
+                    )
                 with AttentionView(lambda seen: handler.attended(site, call, seen)):
                     result = original(*args, **kwargs)
             else:

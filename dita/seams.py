@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -25,18 +25,19 @@ class Site:
 
     Attributes:
         kind: "model" (the whole call), "span" (consecutive blocks), "module" (an attention or MLP inside a block),
-            "attention" (scaled dot-product attention inside such a module) or "entry" (what the attention of block
-            `first` is about to read; can be watched, not skipped).
+            "attention" (scaled dot-product attention inside such a module), "entry" (what the attention of block
+            `first` is about to read; can be watched, not skipped) or "input" (the image tokens that a module or block
+            reads, which may be reduced, and its output, which is restored).
         name: unique within the model, such as "blocks[0:8]" or "transformer_blocks.3.attn1".
         first, last: the span's block numbers, both included, counted over all block lists in execution order.
         block: the block number of a module site.
         role: what the module is: "attention" (self or joint), "cross-attention", "mlp", "parallel" (both at once) or
-            "linear" (a layer inside one of those).
+            "linear" (a layer inside one of those); "block" for the input of a block.
         ends: the span reaches the last block, so that only the image stream is used after it.
         text: the module reads the text stream alone.
     """
 
-    kind: Literal["model", "span", "module", "attention", "entry"]
+    kind: Literal["model", "span", "module", "attention", "entry", "input"]
     name: str
     first: int = -1
     last: int = -1
@@ -123,6 +124,30 @@ class Fresh:
     share: float = 0.0
 
 
+class Reducer(Protocol):
+    """Makes fewer tokens of many, and many of few again.
+
+    Attributes:
+        positions: int64 [B or 1, M], the token whose position each reduced one takes; None if none is reduced, and
+            `restore` alone is asked.
+        sizes: [B, M], how many tokens each stands for, by whose logarithm its logits as a key are raised; None for not.
+    """
+
+    @property
+    def positions(self) -> torch.Tensor | None: ...
+
+    @property
+    def sizes(self) -> torch.Tensor | None: ...
+
+    def reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """From [B, N, C] to [B, M, C]."""
+        ...
+
+    def restore(self, y: torch.Tensor) -> torch.Tensor:
+        """From [B, M, C] to [B, N, C]."""
+        ...
+
+
 class Handler:
     """A method at work on one model: this one lets everything run and keeps nothing, others override what they need.
 
@@ -195,6 +220,18 @@ class Handler:
             [B, H, N, D].
         """
         return plain(seen)
+
+    def reducer(self, site: Site, occurrence: int, call: Call, tokens: torch.Tensor, text: int) -> Reducer | None:
+        """Say how the image tokens that an "input" site is about to read are reduced; None to leave them.
+
+        Args:
+            tokens: [B, V, C], in the order of the call's grid; must not be changed.
+            text: how many text tokens the module reads with them.
+        """
+        return None
+
+    def irreducible(self, site: Site, call: Call, why: str) -> None:
+        """The tokens at an "input" site are not known, so that they stay as they are."""
 
     def rehearses(self, site: Site, call: Call) -> bool:
         """Say whether the one block of this span, which runs, is to be run for real beforehand, for comparison."""

@@ -75,7 +75,8 @@ def run_sweep(
         clip: folder or hub id of a CLIP model for the CLIP score.
         pairs: timed batches per setting that are followed by the plain run of the same batch, at least 1; if None 2 in
             a quick sweep, else 3. One will do where a call takes a minute.
-        strengths: settings of each method, spread over its ladder; if None all of them, or two in a quick sweep.
+        strengths: settings of each method, spread over its ladder; if None all of them, or two in a quick sweep. Not
+            with `settings`, which name their own.
 
     Returns:
         The path of report.html.
@@ -90,6 +91,8 @@ def run_sweep(
     """
     if dtype not in DTYPES:
         raise DitaError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if settings is not None and strengths is not None:
+        raise DitaError("settings are listed one by one, so that strengths has nothing to choose from; leave it out")
     folder = pipeline_folder(model)
     task = task_of(folder)
     count = samples or (task.quick_samples if quick else task.samples)

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from dita.errors import DitaError
 
-ACTIONS = {"C": "computed", "S": "sparse", "P": "partial", "F": "forecast", "R": "reused"}
+ACTIONS = {"C": "computed", "L": "low-bit", "S": "sparse", "P": "partial", "F": "forecast", "R": "reused"}
 _HEIGHTS = {
     "C": 12,
+    "L": 11.5,
     "S": 11,
     "P": 10,
     "F": 7,
@@ -30,9 +31,9 @@ def lanes(timeline: Mapping[str, str]) -> list[Lane]:
     """Draw the timeline of a run, one lane for each branch; branches that did the same share theirs.
 
     Args:
-        timeline: by branch, one letter per transformer call in order: C computed, S computed with sparse
-            attention, P partly computed, R reused, F forecast. "cond/1" is the second model evaluation in a solver step
-            of the branch "cond".
+        timeline: by branch, one letter per transformer call in order: C computed, L computed with low-bit attention,
+            S with sparse attention, P partly computed, R reused, F forecast. "cond/1" is the second model evaluation in
+            a solver step of the branch "cond".
 
     Returns:
         Lanes in the order of the branches. `svg` is an element without colours: the class of each path is its letter,
@@ -86,7 +87,7 @@ def _spoken(branch: str) -> str:
 def _describe(letters: str) -> str:
     computed = [place for place, letter in enumerate(letters) if letter == "C"]
     where = f" ({ranges(computed)})" if 0 < len(computed) < len(letters) else ""
-    others = [f"{letters.count(letter)} {ACTIONS[letter]}" for letter in "SPFR" if letter in letters]
+    others = [f"{letters.count(letter)} {ACTIONS[letter]}" for letter in "LSPFR" if letter in letters]
     return ", ".join([f"{len(computed)} of {len(letters)} computed{where}", *others])
 
 

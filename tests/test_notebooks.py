@@ -16,6 +16,7 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.i
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DITA_NOTEBOOK_STEPS", "12")
     monkeypatch.setenv("DITA_NOTEBOOK_SAMPLES", "2")
+    monkeypatch.setenv("DITA_NOTEBOOK_FRAMES", "4")
     monkeypatch.setenv("PYTHONPATH", str(path.parents[1]))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(path, as_version=4)

@@ -87,6 +87,7 @@ class Cut:
         self.rows, self.columns = block_count(places, block_q), block_count(places, block_k)
         self.text_rows, self.text_columns = block_count(layout.text, block_q), block_count(layout.text, block_k)
         self.order: torch.Tensor | None = None
+        self._holes = False
         if order is None and (layout.text == 0 or (not layout.text_first and not missing)):
             return
         visual = torch.arange(layout.visual, device=device) if order is None else order
@@ -100,6 +101,7 @@ class Cut:
             text = torch.arange(layout.tokens, device=visual.device)[layout.text_slice]
             parts.append(text.expand(*visual.shape[:-1], -1))
         self.order = torch.cat(parts, -1)
+        self._holes = bool((self.order < 0).any())
 
     def plan(self, mask: torch.Tensor, lifetime: int = 0) -> BlockPlan:
         """Turn a mask over image blocks into a plan: text sees and is seen by all, every block sees its own tokens.
@@ -115,7 +117,7 @@ class Cut:
             raise DitaError(f"expected a mask over {(self.rows, self.columns)} blocks, got {tuple(mask.shape)}")
         mask = mask | self.diagonal(mask.device)
         mask = torch.nn.functional.pad(mask, (0, self.text_columns, 0, self.text_rows), value=True)
-        return BlockPlan.of_mask(mask, self.block_q, self.block_k, self.order, self.order, lifetime)
+        return BlockPlan.of_mask(mask, self.block_q, self.block_k, self.order, self.order, lifetime, self._holes)
 
     def diagonal(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Bool [rows, columns], True where a block of queries and one of keys share tokens.

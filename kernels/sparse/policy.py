@@ -61,12 +61,14 @@ class Policy:
         dense_layers: how many of the first layers stay dense.
         cutoff: a plan of a density above this is not worth its overhead: dense attention then.
         qk: how a plan's queries and keys are multiplied: "same" as their dtype, or "int8".
+        fleeting: plans are used once and not kept, for methods that make a large one at every step.
     """
 
     dense_steps: float = 0.0
     dense_layers: int = 0
     cutoff: float = 1.0
     qk: str = "same"
+    fleeting: bool = False
 
     def begin_run(self) -> None:
         """Forget what is kept beside the states."""
@@ -118,7 +120,8 @@ class Policy:
         if asked.step > until:
             plan = self.plan(asked)
             kept = 1.0 if plan is None else plan.kept(asked.q.shape[2], asked.k.shape[2])
-            asked.state["plan"] = (asked.step + (0 if plan is None else plan.lifetime), plan, kept)
+            if not self.fleeting:
+                asked.state["plan"] = (asked.step + (0 if plan is None else plan.lifetime), plan, kept)
         return plan, kept
 
 

@@ -240,6 +240,8 @@ def test_unfit_arguments_are_refused(tiny, tiny_folder, tmp_path):
         run_sweep("no such model", tmp_path)
     with pytest.raises(DitaError, match="batch is 0"):
         Sampling(samples=4, batch=0, steps=5, guidance=1.0, seed=0)
+    with pytest.raises(DitaError, match="strengths has nothing to choose from"):
+        run_sweep(out=tmp_path, settings=["fbcache"], strengths=2)
     with pytest.raises(DitaError, match="dtype is 'fp4'"):
         run_sweep(str(tiny_folder), tmp_path, dtype="fp4")
     with pytest.raises(DitaError, match="neither class_labels nor a prompt"):
