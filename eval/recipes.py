@@ -122,4 +122,5 @@ def _grid(name: str, given: Any, steps: int) -> list[Setting]:
 
 
 def _label(given: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={value[0] if isinstance(value, list) else value}" for key, value in given.items())
+    words = [f"{key}={value[0] if isinstance(value, list) else value}" for key, value in given.items()]
+    return " ".join(words) or "default"

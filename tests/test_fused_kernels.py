@@ -51,7 +51,7 @@ def check_int8(
     if masked:
         valid = torch.rand(1, 1, 90, generator=torch.Generator().manual_seed(0)).to(device) < 0.8
         k = k.masked_fill(~valid[..., None], 1e4)  # padding must not widen a scale
-    arguments: Any = (q, k, v, kept and kept.counts, kept and kept.indices, block, block, None, valid, pv, granularity)
+    arguments: list[Any] = [q, k, v, kept and kept.counts, kept and kept.indices, block, block, None, valid, pv, granularity]
     out, lse = triton_int8_attention(*arguments)
     emulated, emulated_lse = naive_int8_attention(*arguments)
     # Triton's interpreter truncates to bfloat16; a device may fuse a product and a sum, which tips a rounding.
@@ -93,7 +93,7 @@ def pooled(device: str) -> None:
         q = torch.randint(-2, 3, (1, heads, 45, 12), generator=generator).to(device, torch.float16)
         k = torch.randint(-2, 3, (1, key_heads, keys, 12), generator=generator).to(device, torch.float16)
         valid = torch.arange(keys, device=device).expand(1, masked, keys) // block_k != 1
-        arguments: Any = (q, k, 15, block_k, keep, 0.5, valid if masked else None)
+        arguments: list[Any] = [q, k, 15, block_k, keep, 0.5, valid if masked else None]
         torch.testing.assert_close(triton_pooled_topk(*arguments), naive_pooled_topk(*arguments), rtol=0, atol=0)
 
 

@@ -56,7 +56,7 @@ def test_the_committed_table_is_of_these_configs() -> None:
     markdown = (ROOT / "kernels" / "compiled.md").read_text()
     assert f"Triton {committed['triton']}" in markdown and markdown.count("\n| ") == len(rows) + 1
     for row in rows:
-        blocks = tuple(map(int, row.blocks.split("x")))
+        blocks: list[int] = [int(size) for size in row.blocks.split("x")]
         if row.kernel == "block_sparse":
             config = config_for(row.head_dim, *blocks, table.TYPES[row.dtype], divmod(row.cc, 10))
         else:
