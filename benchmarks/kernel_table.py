@@ -135,8 +135,10 @@ def int8(cc: int, head_dim: int, pv: str, blocks: tuple[int, int], config: Confi
         "block_k": blocks[1], "tile_q": config.tile_q, "tile_k": config.tile_k, "group_q": min(128, blocks[0]),
         "even": False, "has_valid": True, "balanced": True, "fp8": pv == "fp8", "interpreted": False,
     }  # fmt: skip
-    types = dict.fromkeys(module.int8_kernel.arg_names, "i32") | dict.fromkeys(("q", "k"), "*i8")
-    types |= dict.fromkeys(("scale_q", "scale_k", "scale_v", "offset", "lse"), "*fp32")
+    types = dict.fromkeys(module.int8_kernel.arg_names, "i32")
+    types |= dict.fromkeys(("q", "k"), "*i8") | dict.fromkeys(
+        ("scale_q", "scale_k", "scale_v", "offset", "lse"), "*fp32"
+    )
     types |= dict.fromkeys(("counts", "indices", "order"), "*i32")
     types |= {"valid": "*i64", "v": "*fp8e4nv" if pv == "fp8" else "*fp16", "out": "*bf16", "scale": "fp32"}
     built = build(module.int8_kernel, types, constants, cc, config.warps, config.stages)

@@ -40,8 +40,8 @@ from dita.eval.pipelines import load_pipeline, pipeline_folder
 from dita.eval.sampling import Sampling, draw
 from dita.eval.task import task_of
 from dita.eval.timing import pinned_threads
+from dita.passage import run_to_attention
 from dita.patch import Patch
-from dita.runtime import run_to_attention
 from dita.seams import Site
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "process": time.process_time}

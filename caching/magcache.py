@@ -12,7 +12,9 @@ Another model is refused; another scheduler, resolution or step count gives a wa
 nearest step, as the authors do. FLUX's published ratios are built in.
 
 Differences: the authors compare with "<" for Wan and Qwen-Image and with "<=" for FLUX and others; here it is "<", and
-a threshold of 0 computes everything. Their hard-coded computation of step 11 of 28 on FLUX is the setting `always`.
+a threshold of 0 computes everything. The steps that `retention` computes are rounded down, as theirs are; diffusers
+rounds to the nearest number, which of 28 steps at 0.1 makes three in place of two. The authors' hard-coded computation
+of step 11 of 28 on FLUX is the setting `always`.
 """
 
 from __future__ import annotations
@@ -153,4 +155,4 @@ class MagCache(CalibratedMethod):
     def ladder(cls) -> tuple[MagCache, ...]:
         """From 0.02 with 2 skips to 0.24 with 6, at last with a tenth of the steps retained."""
         pairs = ((0.02, 2), (0.04, 2), (0.06, 3), (0.12, 4), (0.24, 6))
-        return (*(cls(threshold=t, max_skip=k) for t, k in pairs), cls(threshold=0.24, max_skip=6, retention=0.1))
+        return (*(cls(threshold=t, max_skip=k) for t, k in pairs), cls(threshold=0.24, max_skip=6, retention=0.12))

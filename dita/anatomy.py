@@ -180,9 +180,12 @@ class Anatomy:
 
     def require(self, seam: str, method: str) -> None:
         """Raise `DitaError` with the reason if the seam is missing."""
-        if seam in self.reasons:
+        why = self.reasons.get(seam)
+        if seam == "attention" and not self.attention_sites:
+            why = self.reasons.get("module", "no self- or joint attention was recognised inside its blocks")
+        if why is not None:
             raise DitaError(
-                f"{method} needs the {seam} seam, which {self.name} does not offer: {self.reasons[seam]}; "
+                f"{method} needs the {seam} seam, which {self.name} does not offer: {why}; "
                 "dita.supports(pipe) lists what it does offer"
             )
 

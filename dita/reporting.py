@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dita.errors import DitaWarning
 
 if TYPE_CHECKING:
-    from dita.runtime import Timer
+    from dita.passage import Timer
 
 _MARK = {"computed": "#", "low-bit": "=", "sparse": "%", "partial": "+", "reused": ".", "forecast": "~"}
 _COLOUR = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,52 +16,11 @@ from dita.clock import RunClock
 from dita.errors import DitaError
 from dita.grid import Grid, token_grid
 from dita.kernels.tokens import gather_tokens
+from dita.passage import Hooked, Original, Timer, first_tensor, flatten, record_of, run_to_attention
 from dita.patch import Patch
-from dita.reporting import RunReport, StepRecord
+from dita.reporting import RunReport
 from dita.seams import Call, Features, Handler, Position, Site
 from dita.token_input import TokenInput
-
-Original = Callable[..., Any]
-
-
-class _Reached(Exception):
-    """A block got as far as its attention."""
-
-
-class Timer:
-    """Seconds of one call: host clock on the CPU, events on a CUDA device, read when the report is."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        if self._cuda:
-            self._events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            self._events[0].record()
-        else:
-            self._start, self._end = time.perf_counter(), 0.0
-
-    def stop(self) -> None:
-        """Mark the end of the call."""
-        if self._cuda:
-            self._events[1].record()
-        else:
-            self._end = time.perf_counter()
-
-    def seconds(self) -> float:
-        """The time between construction and `stop`."""
-        if self._cuda:
-            self._events[1].synchronize()
-            return self._events[0].elapsed_time(self._events[1]) / 1000
-        return self._end - self._start
-
-
-class Hooked:
-    """A module or model site: whose it is, and what its handler says of it once and for all."""
-
-    def __init__(self, site: Site, handler: Handler, part: ModulePart | None = None) -> None:
-        self.site, self.handler, self.part = site, handler, part
-        self.driven = handler.drives(site)
-        self.wants_inputs = site.kind == "module" and handler.wants_inputs(site)
-        self.by_tokens = part is not None and site.role in ("mlp", "linear")
 
 
 class ModelRuntime:
@@ -204,7 +162,7 @@ class ModelRuntime:
             self._open.clear()
         timer.stop()
         self._current_report().add(
-            _record(position, call, self.name),
+            record_of(position, call, self.name),
             timer,
             self.bytes_held(),
             call.note,
@@ -384,7 +342,7 @@ class ModelRuntime:
             return self._driven(site, handler, occurrence, call, lambda: original(*args, **kwargs))
         inputs: Features = (call.latents,) if site.kind == "model" else ()
         if hooked.wants_inputs:
-            inputs = (_first_tensor(args, kwargs),)
+            inputs = (first_tensor(args, kwargs),)
         if handler.compute(site, call, inputs):
             if hooked.part is not None and handler.wants_attention(site, call):
                 if any(input_site(site) in h.sites for h in self.handlers):
@@ -396,7 +354,7 @@ class ModelRuntime:
                     result = original(*args, **kwargs)
             else:
                 result = original(*args, **kwargs)
-            features, rebuild = _flatten(result)
+            features, rebuild = flatten(result)
             self._shapes[site, occurrence] = rebuild
             handler.computed(site, occurrence, call, inputs, features)
             return result
@@ -417,7 +375,7 @@ class ModelRuntime:
         kwargs: dict[str, Any],
     ) -> Features | None:
         """Run a row-wise module on the tokens that the handler wants fresh; None if it wants none."""
-        tokens, site, handler = _first_tensor(args, kwargs), hooked.site, hooked.handler
+        tokens, site, handler = first_tensor(args, kwargs), hooked.site, hooked.handler
         fresh = None if tokens is None else handler.fresh(site, occurrence, call, tokens.shape)
         if tokens is None or fresh is None:
             return None
@@ -431,7 +389,7 @@ class ModelRuntime:
             args = (some, *args[1:])
         else:
             kwargs = {name: some if value is tokens else value for name, value in kwargs.items()}
-        outputs, _ = _flatten(original(*args, **kwargs))
+        outputs, _ = flatten(original(*args, **kwargs))
         return handler.refreshed(site, occurrence, call, inputs, fresh, outputs)
 
     def _driven(self, site: Site, handler: Handler, occurrence: int, call: Call, original: Callable[[], Any]) -> Any:
@@ -440,7 +398,7 @@ class ModelRuntime:
         def run() -> Features:
             if site.kind == "model":
                 self._occurrences.clear()
-            features, self._shapes[site, occurrence] = _flatten(original())
+            features, self._shapes[site, occurrence] = flatten(original())
             return features
 
         features = handler.drive(site, occurrence, call, run)
@@ -457,7 +415,7 @@ class ModelRuntime:
             stream = call.position.stream
             if handler.compute(part.site, call, ()):
                 result = original(*args, **kwargs)
-                features, rebuild = _flatten(result)
+                features, rebuild = flatten(result)
                 self._shapes[feeder, stream] = (
                     rebuild,
                     [None if t is None else (t.shape, t.dtype, t.device) for t in features],
@@ -469,59 +427,3 @@ class ModelRuntime:
             )
 
         return around
-
-
-def run_to_attention(block: Block, forward: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """Run a block up to its first attention and return what that is about to read.
-
-    Raises:
-        DitaError: it ran to its end without calling an attention module.
-    """
-    attention = next(c for n, c in block.module.named_children() if "attn" in n or "attention" in n)
-    seen: list[torch.Tensor] = []
-
-    def stop(module: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-        value = named.get("hidden_states", positional[0] if positional else None)
-        if isinstance(value, torch.Tensor):
-            seen.append(value)
-        raise _Reached
-
-    handle = attention.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
-    try:
-        forward(*args, **kwargs)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    if not seen:
-        raise DitaError(f"{block.path} ran without calling its attention: there is nothing to watch")
-    return seen[0]
-
-
-def _record(position: Position, call: Call, model: str) -> StepRecord:
-    """What the report keeps of a call; one that ran in full but for its attention counts as sparse."""
-    action, reason = call.action, call.reason
-    if action == "computed" and call.density < 1:
-        action = "sparse"
-    if call.sparsely:
-        reason = f"{reason}; {call.sparsely}" if reason else call.sparsely
-    value = call.density if action == "sparse" and call.value is None else call.value
-    return StepRecord(
-        position.step, position.stage, position.branch, action, value, reason, model, density=call.density
-    )
-
-
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    value = kwargs.get("hidden_states", kwargs.get("input", args[0] if args else None))
-    return value if isinstance(value, torch.Tensor) else None
-
-
-def _flatten(result: Any) -> tuple[Features, Callable[[Features], Any]]:
-    if isinstance(result, torch.Tensor):
-        return (result,), lambda features: features[0]
-    if isinstance(result, tuple) and all(t is None or isinstance(t, torch.Tensor) for t in result):
-        return result, tuple
-    if hasattr(result, "sample") and not isinstance(result, tuple):
-        kind: Any = type(result)
-        return (result.sample,), lambda features: kind(sample=features[0])
-    raise DitaError(f"a hooked module returned {type(result).__name__}; expected a tensor, a tuple of them, or .sample")

@@ -13,7 +13,7 @@ import torch
 from dita.errors import DitaError
 from dita.kernels.plan import BlockPlan, block_count
 
-_GATHERED_BYTES = 3 * 2**19  # keys and values at a time: about what stays in a core's second-level cache
+_GATHERED_BYTES = 2**21  # keys and values at a time: about what stays in a core's second-level cache
 _MAX_SHAPES = 64  # compiled forms of FlexAttention; torch's own limit is 8, after which it silently runs uncompiled
 
 _compiled: dict[str, Any] = {}
@@ -90,30 +90,46 @@ def gather_attention(
         valid = whole.reshape(batch * heads * columns, plan.block_k)
     counts = plan.counts.expand(batch, heads, rows).reshape(-1)
     indices = plan.indices.expand(batch, heads, rows, -1).reshape(len(counts), -1).long()
-    place = torch.arange(batch * heads)
-    owner = place // heads * key_heads + place % heads // (heads // key_heads)  # the key head that serves a query head
-    out = queries.new_zeros(queries.shape)
-    lse = torch.full((len(counts), 1, plan.block_q), -math.inf)
     last = indices.gather(1, (counts.long() - 1).clamp_min(0)[:, None])[:, 0]
-    cut = (last == columns - 1) if short else torch.zeros_like(last, dtype=torch.bool)
-    for code in (2 * counts + cut).unique().tolist():
+    codes = 2 * counts + ((last == columns - 1) & (counts > 0) if short else 0)
+    order = None
+    if bool((codes != codes[0]).any()):
+        # Rows of one length side by side, so that they are read and written without looking each one up.
+        order = codes.argsort(stable=True)
+        codes, indices, queries = codes[order], indices[order], queries[order]
+    place = torch.arange(len(counts)) if order is None else order
+    mine = place // rows  # batch item and query head of each row
+    owner = mine // heads * key_heads + mine % heads // (heads // key_heads)  # the key head that serves it
+    outs, sums, start = [], [], 0
+    for code, number in zip(*(x.tolist() for x in codes.unique_consecutive(return_counts=True)), strict=True):
         count, ragged = divmod(code, 2)
+        stop = start + number
         if not count:
+            outs.append(queries.new_zeros(number, 1, plan.block_q, width))
+            sums.append(torch.full((number, 1, plan.block_q), -math.inf))
+            start = stop
             continue
-        members = (2 * counts + cut == code).nonzero()[:, 0]
         seen = count * plan.block_k - (short if ragged else 0)
         size = max(1, _GATHERED_BYTES // (2 * count * plan.block_k * width * k.element_size()))
-        for some in members.split(size):
+        for first in range(start, stop, size):
+            some = slice(first, min(first + size, stop))
             chosen = indices[some, :count]
-            blocks = (owner[some // rows, None] * columns + chosen).flatten()
-            shape = (len(some), 1, count * plan.block_k, width)
+            blocks = (owner[some, None] * columns + chosen).flatten()
+            shape = (len(chosen), 1, count * plan.block_k, width)
             one = kept_keys.index_select(0, blocks).view(shape)[:, :, :seen]
             two = kept_values.index_select(0, blocks).view(shape)[:, :, :seen]
             mask = None
             if valid is not None:
-                blocks = ((some // rows)[:, None] * columns + chosen).flatten()
-                mask = valid.index_select(0, blocks).view(len(some), 1, 1, -1)[..., :seen]
-            out[some], lse[some] = flash_with_lse(queries[some], one, two, scale, mask)
+                blocks = (mine[some, None] * columns + chosen).flatten()
+                mask = valid.index_select(0, blocks).view(len(chosen), 1, 1, -1)[..., :seen]
+            out, lse = flash_with_lse(queries[some], one, two, scale, mask)
+            outs.append(out)
+            sums.append(lse)
+        start = stop
+    out, lse = torch.cat(outs), torch.cat(sums)
+    if order is not None:
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        out, lse = out[back], lse[back]
     out = out.view(batch, heads, rows * plan.block_q, width)[:, :, :tokens]
     return out, lse.view(batch, heads, rows * plan.block_q)[:, :, :tokens]
 

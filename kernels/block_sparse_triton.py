@@ -18,6 +18,9 @@ tile sizes. What is particular here:
   factors are made float32 first.
 """
 
+# Triton's annotations are of its own language: a constexpr is passed as a plain value, `range` takes tensors.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import math

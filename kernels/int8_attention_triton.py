@@ -6,6 +6,9 @@ values lie channel by channel in memory, since Hopper multiplies fp8 only along 
 in fresh registers (`max_num_imprecise_acc`), whose 14 bits would not do for a whole row.
 """
 
+# Triton's annotations are of its own language: a constexpr is passed as a plain value, `range` takes tensors.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import math
@@ -266,8 +269,15 @@ def quantise_triton(
 
 
 def int8_config(head_dim: int, block_q: int, block_k: int) -> Config:
-    """Tile sizes; keys come in tiles of one scale group, up to 64."""
-    return fitted(Config(128, 64, 4 if head_dim <= 64 else 8, 3), block_q, block_k)
+    """Tile sizes, the same on all devices; keys come in tiles of one scale group, up to 64.
+
+    Example:
+        >>> int8_config(128, 128, 128)
+        Config(tile_q=128, tile_k=64, warps=8, stages=3)
+    """
+    # At head dim 96, 64 queries spill 8 bytes on compute capability 8.9 with 3 stages.
+    stages = 4 if split_head_dim(head_dim) == (64, 32) and block_q % 128 else 3
+    return fitted(Config(128, 64, 4 if head_dim <= 64 else 8, stages), block_q, block_k)
 
 
 def triton_int8_attention(

@@ -14,7 +14,11 @@ from dita.config import Method
 
 METHODS = registry.names()
 CACHING = tuple(name for name in METHODS if issubclass(registry.get(name), CachingMethod))
+INSIDE = tuple(name for name in METHODS if name not in CACHING)
+"""Methods inside a layer, which share one handler and keep little from step to step."""
 THREE = ("dit", "flux", "wan")
+ON_THREE = [(m, t) for m in CACHING for t in THREE] + [(m, THREE[i % 3]) for i, m in enumerate(INSIDE)]
+"""Caching methods on all three pipelines, the others on each in turn."""
 
 
 def configured(name: str, kind: str, tiny: str, steps: int = 8) -> Method:

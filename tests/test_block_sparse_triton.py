@@ -213,7 +213,7 @@ def far_offsets(device: str) -> None:
         strides = [32 * 16, 32 * 16, 16, 1]
         strides[axis] = stride
         extent = (shape[axis] - 1) * stride + 32 * 16
-        assert 2**31 <= extent
+        assert extent >= 2**31
         x = torch.empty(extent, dtype=torch.float16, device=device).as_strided(shape, strides)
         x.copy_(inputs(32, 32, 16, device, torch.float16, shape[0], shape[1], shape[1])[1])
         plan = random_plan(32, 32, 16, 16, device, shape[0], shape[1], share=1.0)
@@ -285,7 +285,7 @@ def test_measured_configs_outlive_the_process(tmp_path: Path, monkeypatch: pytes
     configs.save_measured(path)
     configs.MEASURED.clear()
     configs.load_measured(path)
-    assert dict(configs.MEASURED.items()) == {key: config}
+    assert configs.MEASURED[key] == config and len(configs.MEASURED) == 1
     path.write_text(path.read_text().replace('"tile_q": 16', '"tile_q": 24'))
     with pytest.raises(DitaError, match="tiles are powers of two"):
         configs.load_measured(path)

@@ -51,7 +51,19 @@ def check_int8(
     if masked:
         valid = torch.rand(1, 1, 90, generator=torch.Generator().manual_seed(0)).to(device) < 0.8
         k = k.masked_fill(~valid[..., None], 1e4)  # padding must not widen a scale
-    arguments: list[Any] = [q, k, v, kept and kept.counts, kept and kept.indices, block, block, None, valid, pv, granularity]
+    arguments: list[Any] = [
+        q,
+        k,
+        v,
+        kept and kept.counts,
+        kept and kept.indices,
+        block,
+        block,
+        None,
+        valid,
+        pv,
+        granularity,
+    ]
     out, lse = triton_int8_attention(*arguments)
     emulated, emulated_lse = naive_int8_attention(*arguments)
     # Triton's interpreter truncates to bfloat16; a device may fuse a product and a sum, which tips a rounding.
@@ -59,12 +71,12 @@ def check_int8(
     difference = error(out, emulated)
     assert difference <= (limit if device == "cpu" else max(limit, 2e-3)), difference
     torch.testing.assert_close(lse, emulated_lse, rtol=1e-6, atol=1e-5)
-    exact: Any = [x.double() for x in (q, k, v)]
+    wide = q.double(), k.double(), v.double()
     if kept is not None:
-        true, true_lse = naive_block_sparse(*exact, kept, None, None if valid is None else valid[:, 0])
+        true, true_lse = naive_block_sparse(*wide, kept, None, None if valid is None else valid[:, 0])
         assert (lse[:, 0, : min(block, 50)] == -math.inf).all() and not out[:, 0, : min(block, 50)].any()
     else:
-        true, true_lse = masked_attention(*exact, None if valid is None else valid[:, :, None])
+        true, true_lse = masked_attention(*wide, None if valid is None else valid[:, :, None])
     assert error(out, true) <= (0.05 if pv == "fp8" else 0.02)
     torch.testing.assert_close(lse.double(), true_lse, rtol=0, atol=0.03)
 

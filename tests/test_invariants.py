@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CACHING, METHODS, THREE, assert_same_snapshot, configured, plain, snapshot
+from helpers import CACHING, METHODS, ON_THREE, THREE, assert_same_snapshot, configured, plain, snapshot
 from pipelines import TINY
 
 import dita
@@ -15,6 +15,7 @@ from dita import registry
 
 every_method = pytest.mark.parametrize("method", METHODS)
 on_three = pytest.mark.parametrize("tiny", THREE)
+on_some = pytest.mark.parametrize(("method", "tiny"), ON_THREE)
 # Two pipelines at a time try the runtime more than the method: each method on one of the three.
 in_turn = pytest.mark.parametrize(("method", "tiny"), [(m, THREE[i % 3]) for i, m in enumerate(METHODS)])
 
@@ -24,8 +25,7 @@ def build(method: str, tiny: str, kind: str = "forced") -> Any:
     return dita.accelerate_pipeline(pipe, configured(method, kind, tiny))
 
 
-@on_three
-@every_method
+@on_some
 def test_disabled_is_bit_identical(method: str, tiny: str) -> None:
     pipe = build(method, tiny, "disabled")
     assert torch.equal(TINY[tiny].call(pipe), plain(tiny))
@@ -55,8 +55,7 @@ def test_forced_skips_and_restores(method: str, tiny: str) -> None:
     assert torch.equal(TINY[tiny].call(pipe), plain(tiny))
 
 
-@on_three
-@every_method
+@on_some
 def test_same_seed_same_output_whatever_came_between(method: str, tiny: str) -> None:
     call = TINY[tiny].call
     pipe = build(method, tiny)
@@ -73,8 +72,7 @@ def test_same_seed_same_output_whatever_came_between(method: str, tiny: str) -> 
         assert torch.equal(call(pipe), first), "after another resolution"
 
 
-@on_three
-@every_method
+@on_some
 def test_exception_in_the_middle_leaves_nothing(method: str, tiny: str) -> None:
     call = TINY[tiny].call
     pipe = build(method, tiny)

@@ -56,11 +56,11 @@ def test_the_committed_table_is_of_these_configs() -> None:
     markdown = (ROOT / "kernels" / "compiled.md").read_text()
     assert f"Triton {committed['triton']}" in markdown and markdown.count("\n| ") == len(rows) + 1
     for row in rows:
-        blocks: list[int] = [int(size) for size in row.blocks.split("x")]
+        block_q, block_k = map(int, row.blocks.split("x"))
         if row.kernel == "block_sparse":
-            config = config_for(row.head_dim, *blocks, table.TYPES[row.dtype], divmod(row.cc, 10))
+            config = config_for(row.head_dim, block_q, block_k, table.TYPES[row.dtype], divmod(row.cc, 10))
         else:
-            config = import_module("dita.kernels.int8_attention_triton").int8_config(row.head_dim, *blocks)
+            config = import_module("dita.kernels.int8_attention_triton").int8_config(row.head_dim, block_q, block_k)
         assert (row.tile, row.warps, row.stages) == (f"{config.tile_q}x{config.tile_k}", config.warps, config.stages), (
             row
         )
@@ -95,7 +95,7 @@ def test_the_other_kernels() -> None:
                 "indices": "*i32",
                 "scale": "fp32",
             },
-            {"head_dim": 128, "width": 2048, "rows": 4},
+            {"head_dim": 128, "width": 512, "rows": 4},
             8,
         ),
         (

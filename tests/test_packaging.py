@@ -19,6 +19,7 @@ from setuptools.config.pyprojecttoml import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("kernels", "caching", "schedulers", "eval")
+INNER = ("kernels.sparse", "kernels.reduction")
 SITE_PACKAGES = sysconfig.get_paths()["purelib"]
 BUILD_INPUTS = ("pyproject.toml", "README.md", "LICENSE", "dita", *ROOMS)
 
@@ -147,7 +148,8 @@ def test_every_folder_with_modules_is_listed() -> None:
     table = load_file(ROOT / "pyproject.toml")["tool"]["setuptools"]
     folders = {str(PurePosixPath(path).parent).replace("/", ".") for path in module_files()}
     assert {*folders, *(f"dita.{room}" for room in ROOMS)} == set(table["packages"])
-    assert table["package-dir"] == {"dita": "dita", **{f"dita.{room}": room for room in ROOMS}}
+    folders = {f"dita.{room}": room.replace(".", "/") for room in (*ROOMS, *INNER)}
+    assert table["package-dir"] == {"dita": "dita", **folders}
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -226,8 +226,7 @@ def test_a_matching_serves_three_steps_and_tiers_choose_the_ratio() -> None:
 
     seen = []
     for step in range(4):
-        policy.run_step = step
-        seen.append(policy.ratios(asked(0, 4)))
+        seen.append(policy.ratios(asked(step, 4)))
     assert seen == [(0.0, 0.3), (0.4, 0.3), (0.8, 0.0), (0.8, 0.0)]
     assert ratio_of(9, ()) == 0.0
     drawn = []

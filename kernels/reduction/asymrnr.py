@@ -88,13 +88,7 @@ def visual(asked: Asked, x: torch.Tensor) -> torch.Tensor:
     return x[:, :, asked.layout.visual_slice].flatten(0, 1)
 
 
-class Stepped(Policy):
-    """A policy that is told where the run stands; `Asked.step` counts from where this transformer took over."""
-
-    run_step: int = 0
-
-
-class Asymmetric(Stepped):
+class Asymmetric(Policy):
     """Answer the attention of fewer queries over fewer keys.
 
     Args:
@@ -110,7 +104,7 @@ class Asymmetric(Stepped):
         settings, table = self.settings, self.table
         if table is None:
             return settings.q, settings.kv
-        place = (asked.layer, self.run_step, asked.steps)
+        place = (asked.layer, asked.step, asked.steps)
         return ratio_of(table.tier("q", *place), settings.q_tiers), ratio_of(
             table.tier("kv", *place), settings.kv_tiers
         )
@@ -196,7 +190,7 @@ def likeness(x: torch.Tensor, matching: Matching) -> float:
     return float((1 - matching.distance / both.clamp_min(1e-12)).mean()) if both.numel() else 1.0
 
 
-class _Recording(Stepped):
+class _Recording(Policy):
     """Watch how alike tokens are, and answer densely."""
 
     def __init__(self, settings: AsymRnR, seen: dict[str, Any]) -> None:
@@ -209,31 +203,28 @@ class _Recording(Stepped):
             seed = seed_of(self.settings.seed, 2 * asked.layer + (name == "kv"), asked.step)
             tokens = visual(asked, x)
             matching = Matching.of(tokens, draw_destinations(asked.layout.grid, cell, seed, shifted=True))
-            kept = self.seen.setdefault(name, {}).setdefault((asked.layer, self.run_step), [])
+            kept = self.seen.setdefault(name, {}).setdefault((asked.layer, asked.step), [])
             kept.append(likeness(tokens, matching))
         asked.reason = "calibration"
         return asked.dense()
 
 
-class StepHandler(SparseHandler):
-    """Tells the policy where the run stands.
+class _RecordingHandler(SparseHandler):
+    """Notes the conditions of the run as well.
 
     Args:
-        policy, sites, text_at: see `SparseHandler`.
-        sink: where a calibration notes the conditions of the run; None for none.
+        sink: where they go; the others see `SparseHandler`.
     """
 
-    def __init__(self, policy: Stepped, sites: tuple[Site, ...], text_at: str, sink: Measurement | None = None) -> None:
+    def __init__(self, policy: Policy, sites: tuple[Site, ...], text_at: str, sink: Measurement) -> None:
         super().__init__(policy, sites, text_at)
-        self.stepped_policy, self.sink = policy, sink
+        self.sink = sink
 
     def begin_call(self, call: Call) -> None:
         """See `Handler.begin_call`."""
         super().begin_call(call)
-        self.stepped_policy.run_step = call.position.step
-        if self.sink is not None:
-            self.sink.scheduler, self.sink.steps = call.scheduler, call.position.steps
-            self.sink.shape = tuple(call.shapes[0][1:]) if call.shapes else ()
+        self.sink.scheduler, self.sink.steps = call.scheduler, call.position.steps
+        self.sink.shape = tuple(call.shapes[0][1:]) if call.shapes else ()
 
 
 def tiers(seen: dict[tuple[int, int], list[float]], layers: int, steps: int) -> tuple[tuple[int, ...], ...]:
@@ -264,25 +255,15 @@ class _Calibration(Method):
 
     def handler(self, anatomy: Anatomy) -> Handler:
         """Experts that share a run, with as many layers each, fill one table."""
-        sites = attention_sites(anatomy, self.settings.name)
+        anatomy.require("attention", self.settings.name)
+        sites = anatomy.attention_sites
         self.sink.seen["layers"] = max(len(sites), self.sink.seen.get("layers", 0))
-        return StepHandler(_Recording(self.settings, self.sink.seen), sites, anatomy.text_at, self.sink)
+        return _RecordingHandler(_Recording(self.settings, self.sink.seen), sites, anatomy.text_at, self.sink)
 
     @classmethod
     def disabled(cls) -> _Calibration:
         """It never reduces, so that no warning is due."""
         return cls()
-
-
-def attention_sites(anatomy: Anatomy, method: str) -> tuple[Site, ...]:
-    """The attentions to take part in; `DitaError` if there are none."""
-    if not anatomy.attention_sites:
-        why = anatomy.reasons.get("module", "no self- or joint attention was recognised inside its blocks")
-        raise DitaError(
-            f"{method} needs the attention seam, which {anatomy.name} does not offer: {why}; "
-            "dita.supports(pipe) lists what it does offer"
-        )
-    return anatomy.attention_sites
 
 
 @register
@@ -357,13 +338,14 @@ class AsymRnR(Method):
 
     def handler(self, anatomy: Anatomy) -> Handler:
         """See `Method.handler`."""
-        sites = attention_sites(anatomy, self.name)
+        anatomy.require("attention", self.name)
+        sites = anatomy.attention_sites
         table = None if self.table is None else table_for(self.name, self.table, anatomy)
         if table is not None and any(len(table.values.get(name, ())) != len(sites) for name in ("q", "kv")):
             raise DitaError(f"this {table.noun} is not one of {len(sites)} layers: calibrate again")
         policy = Asymmetric(self, table)
         policy.dense_steps = self.dense_steps
-        return StepHandler(policy, sites, anatomy.text_at)
+        return SparseHandler(policy, sites, anatomy.text_at)
 
     def calibrated(self, pipe: Any, call: Callable[[Any], Any]) -> AsymRnR:
         """Measure the tiers in one dense run; the pipeline comes back as it was."""

@@ -93,11 +93,11 @@ class ReductionHandler(Handler):
 
             return Watched(tokens, keep)
         position, (frames, rows, columns) = call.position, call.grid
-        if position.local_step < math.ceil(self.policy.dense_steps * position.steps - 1e-9):
+        if position.step < math.ceil(self.policy.dense_steps * position.steps - 1e-9):
             return self._left("dense warm-up step")
         own, shared = self._state((site, occurrence, stream), tokens), self._state(stream, tokens)
         asked = Tokens(
-            tokens, (frames, rows, columns), self._layer[site], len(self._layer), position.local_step, position.steps,
+            tokens, (frames, rows, columns), self._layer[site], len(self._layer), position.step, position.steps,
             own, shared, self._shift(site, call, tokens),
         )  # fmt: skip
         made = self.policy.reducer(asked)

@@ -55,14 +55,8 @@ class SparseMethod(Method):
 
     def handler(self, anatomy: Anatomy) -> Handler:
         """See `Method.handler`."""
-        sites = anatomy.attention_sites
-        if not sites:
-            raise DitaError(
-                f"{self.name} needs the attention seam, which {anatomy.name} does not offer: "
-                f"{anatomy.reasons.get('module', 'no self- or joint attention was recognised inside its blocks')}; "
-                "dita.supports(pipe) lists what it does offer"
-            )
+        anatomy.require("attention", self.name)
         policy = self.policy(anatomy)
         policy.dense_steps, policy.dense_layers, policy.cutoff = self.dense_steps, self.dense_layers, self.cutoff
         policy.qk = self.qk
-        return SparseHandler(policy, sites, anatomy.text_at)
+        return SparseHandler(policy, anatomy.attention_sites, anatomy.text_at)

@@ -60,7 +60,7 @@ class SparseHandler(Handler):
         position = call.position
         asked = Asked(
             seen.q, seen.k, seen.v, scale, seen.key_mask, layout, self._layer[site], len(self.sites),
-            position.local_step, position.steps, held[1], lambda: plain(seen), position.timestep,
+            position.step, position.steps, held[1], lambda: plain(seen), position.timestep,
         )  # fmt: skip
         out = self.policy.attend(asked)
         self._count(asked.density, asked.reason)

@@ -59,7 +59,7 @@ class LowBitHandler(Handler):
         self, site: Site, occurrence: int, call: Call, seen: Attended, plain: Callable[[Attended], torch.Tensor]
     ) -> torch.Tensor:
         """Answer in 8 bits where a mask allows it."""
-        early = call.position.local_step < math.ceil(self.dense_steps * call.position.steps - 1e-9)
+        early = call.position.step < math.ceil(self.dense_steps * call.position.steps - 1e-9)
         masked = seen.causal or (seen.mask is not None and seen.key_mask is None)
         if early or masked or site in self._spared:
             self._whole += 1
@@ -131,14 +131,8 @@ class Sage(Method):
 
     def handler(self, anatomy: Anatomy) -> Handler:
         """See `Method.handler`."""
-        sites = anatomy.attention_sites
-        if not sites:
-            raise DitaError(
-                f"{self.name} needs the attention seam, which {anatomy.name} does not offer: "
-                f"{anatomy.reasons.get('module', 'no self- or joint attention was recognised inside its blocks')}; "
-                "dita.supports(pipe) lists what it does offer"
-            )
-        return LowBitHandler(sites, self.dense_steps, self.dense_layers, self.pv, self.granularity)
+        anatomy.require("attention", self.name)
+        return LowBitHandler(anatomy.attention_sites, self.dense_steps, self.dense_layers, self.pv, self.granularity)
 
     @classmethod
     def disabled(cls) -> Sage:

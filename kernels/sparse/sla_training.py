@@ -115,7 +115,7 @@ class TrainingHandler(SparseHandler):
             exact = run()
         finally:
             policy.teaching = False
-        if call.position.local_step < policy.dense_steps * call.position.steps - 1e-9:
+        if call.position.step < policy.dense_steps * call.position.steps - 1e-9:
             return exact
         with torch.set_grad_enabled(training.rate > 0):
             outputs = run()
