@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -261,15 +262,13 @@ def tune(
 
     from dita.kernels.block_sparse_triton import triton_block_sparse
 
+    kernel: Any = triton_block_sparse
     key = key_of(q, k, indices, block_q, block_k)
     if key in MEASURED:
         return MEASURED[key]
     times: dict[Config, float] = {}
     for config in candidates(key.head_dim, block_q, block_k, q.dtype, key.capability):
-
-        def launch(config: Config = config) -> None:
-            triton_block_sparse(q, k, v, counts, indices, block_q, block_k, scale, key_valid, config=config)
-
+        launch = partial(kernel, q, k, v, counts, indices, block_q, block_k, scale, key_valid, config=config)
         try:
             times[config] = float(do_bench(launch, return_mode="median"))  # pyright: ignore[reportArgumentType]
         except OutOfResources:

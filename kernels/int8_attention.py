@@ -240,7 +240,7 @@ def int8_attention(
     Example:
         >>> x = torch.randn(1, 2, 64, 32)
         >>> out, lse = int8_attention(x, x, x, pv="fp8", granularity="warp")
-        >>> bool((lse - (x @ x.transpose(-2, -1) / 32**0.5).logsumexp(-1)).abs().max() < 0.05)
+        >>> bool((lse - (x @ x.transpose(-2, -1) / 32**0.5).logsumexp(-1)).abs().mean() < 0.02)
         True
     """
     if pv not in ("fp16", "fp8") or granularity not in ("block", "warp"):

@@ -16,7 +16,7 @@ from dita import registry
 every_method = pytest.mark.parametrize("method", METHODS)
 on_three = pytest.mark.parametrize("tiny", THREE)
 on_some = pytest.mark.parametrize(("method", "tiny"), ON_THREE)
-# Two pipelines at a time try the runtime more than the method: each method on one of the three.
+# What comes between runs tries the runtime more than the method: each method on one of the three.
 in_turn = pytest.mark.parametrize(("method", "tiny"), [(m, THREE[i % 3]) for i, m in enumerate(METHODS)])
 
 
@@ -55,7 +55,7 @@ def test_forced_skips_and_restores(method: str, tiny: str) -> None:
     assert torch.equal(TINY[tiny].call(pipe), plain(tiny))
 
 
-@on_some
+@in_turn
 def test_same_seed_same_output_whatever_came_between(method: str, tiny: str) -> None:
     call = TINY[tiny].call
     pipe = build(method, tiny)
@@ -72,7 +72,7 @@ def test_same_seed_same_output_whatever_came_between(method: str, tiny: str) -> 
         assert torch.equal(call(pipe), first), "after another resolution"
 
 
-@on_some
+@in_turn
 def test_exception_in_the_middle_leaves_nothing(method: str, tiny: str) -> None:
     call = TINY[tiny].call
     pipe = build(method, tiny)

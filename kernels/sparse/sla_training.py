@@ -1,6 +1,6 @@
 """Training SLA's projections in the user's own sampling loop.
 
-    python -m dita.kernels.sparse.sla_training --save sla.safetensors
+    python -m dita.eval.training.sla --pipeline fashion-wan --save sla.safetensors
 
 Each call of the transformer is run dense (the teacher) and then sparse with the linear branch (the student), on the
 same input. The projections of all layers take one step of Adam down the squared difference of the two outputs, and the
@@ -14,8 +14,7 @@ which long sequences do not allow.
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -240,50 +239,3 @@ def save_projections(projections: dict[int, Projection], path: str | Path) -> No
     weights, biases = zip(*(projections[layer] for layer in sorted(projections)), strict=True)
     tensors = {"weight": torch.stack(weights), "bias": torch.stack(biases)}
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-
-
-def main(arguments: Sequence[str] | None = None) -> SLA:
-    """Train on a bundled pipeline, or any other with prompts of its task, and print the error before and after."""
-    from dita.eval import load_pipeline
-    from dita.eval.pipelines import pipeline_folder
-    from dita.eval.task import task_of
-
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--pipeline", default="fashion-wan", help="bundled name or folder")
-    parser.add_argument("--save", default="sla.safetensors", help="file for the projections")
-    parser.add_argument("--density", type=float, default=0.1)
-    parser.add_argument("--block", type=int, default=64)
-    parser.add_argument("--runs", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=0, help="of each run; 0 for the task's")
-    parser.add_argument("--frames", type=int, default=0, help="of each video; 0 for the task's")
-    parser.add_argument("--rate", type=float, default=3e-3)
-    options = parser.parse_args(arguments)
-    task = task_of(pipeline_folder(options.pipeline))
-    keywords = {**task.call, "num_inference_steps": options.steps or task.steps, "guidance_scale": task.guidance}
-    keywords |= {"num_frames": options.frames} if options.frames else {}
-    pipe, held_out = load_pipeline(options.pipeline), 2
-    pipe.set_progress_bar_config(disable=True)
-    prompts = task.prompts(options.runs + held_out)
-    turn = iter(prompts[held_out:])
-
-    def judged(pipe: Any) -> None:
-        for number, prompt in enumerate(prompts[:held_out]):
-            pipe(prompt, output_type="latent", generator=torch.Generator().manual_seed(10_000 + number), **keywords)
-
-    method = SLA(density=options.density, block=options.block)
-    before = measure_sla(pipe, judged, method)
-    trained = train_sla(
-        pipe,
-        lambda p: p(next(turn), output_type="latent", **keywords),
-        method,
-        options.save,
-        options.runs,
-        options.rate,
-    )
-    after = measure_sla(pipe, judged, trained)
-    print(f"error on {held_out} other prompts: {before:.4g} before, {after:.4g} after {options.runs} runs")
-    return trained
-
-
-if __name__ == "__main__":
-    main()
