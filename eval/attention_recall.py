@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -42,11 +43,15 @@ class Captured:
     layout: Layout
 
 
+class _Enough(Exception):
+    """All that was wanted has been seen."""
+
+
 class _Keep(Policy):
     """Dense everywhere; what is asked is kept."""
 
-    def __init__(self, steps: Sequence[int], layers: Sequence[int]) -> None:
-        self.wanted_steps, self.wanted_layers = steps, layers
+    def __init__(self, steps: Sequence[int], layers: Sequence[int], stop: bool) -> None:
+        self.wanted_steps, self.wanted_layers, self.stop = steps, layers, stop
         self.kept: dict[tuple[int, int], Captured] = {}
 
     def attend(self, asked: Asked) -> torch.Tensor:
@@ -54,6 +59,8 @@ class _Keep(Policy):
         if asked.step in self.wanted_steps and asked.layer in self.wanted_layers and key not in self.kept:
             seen = Attended(asked.q.clone(), asked.k.clone(), asked.v.clone(), scale=asked.scale)
             self.kept[key] = Captured(asked.layer, asked.layers, asked.step, asked.steps, seen, asked.layout)
+            if self.stop and len(self.kept) == len(self.wanted_steps) * len(self.wanted_layers):
+                raise _Enough
         return asked.dense()
 
 
@@ -76,7 +83,7 @@ class _Capture(Method):
 
 
 def capture(
-    pipe: Any, call: Callable[[Any], Any], steps: Sequence[int], layers: Sequence[int]
+    pipe: Any, call: Callable[[Any], Any], steps: Sequence[int], layers: Sequence[int], stop: bool = False
 ) -> dict[tuple[int, int], Captured]:
     """Run a pipeline and keep what some of its attentions were given, of the first branch of each step.
 
@@ -84,6 +91,7 @@ def capture(
         pipe: a diffusers pipeline.
         call: runs it once.
         steps, layers: which solver steps and which attentions.
+        stop: leave the run once all of them were seen.
 
     Returns:
         By (layer, step).
@@ -96,8 +104,8 @@ def capture(
     """
     import warnings
 
-    keep = _Keep(steps, layers)
-    with warnings.catch_warnings(), dita.accelerated(pipe, _Capture(policy=keep)):
+    keep = _Keep(steps, layers, stop)
+    with warnings.catch_warnings(), dita.accelerated(pipe, _Capture(policy=keep)), contextlib.suppress(_Enough):
         warnings.simplefilter("ignore", dita.DitaWarning)  # nothing is skipped, and nothing is meant to be
         call(pipe)
     if not keep.kept:

@@ -131,7 +131,7 @@ def judge_all(
     first = round(_SEEN_STEPS[0] * task.steps)
     layers = range(len(getattr(pipe.transformer, "blocks", getattr(pipe.transformer, "transformer_blocks", [0]))))
     advance(f"attention of {model}")
-    captured = capture(pipe, lambda p: draw(p, sampling, range(1)), [first, first + 1], layers)
+    captured = capture(pipe, lambda p: draw(p, sampling, range(1)), [first, first + 1], layers, stop=True)
     rows = []
     for name, cls in methods.items():
         for method in cls.ladder():

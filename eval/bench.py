@@ -40,13 +40,13 @@ class Cost:
     plain_seconds: list[float] = field(default_factory=list)
     matched: list[float] = field(default_factory=list)  # own seconds next to each of plain_seconds
     computed: list[float] = field(default_factory=list)
-    density: list[float] = field(default_factory=list)  # of the attention, where a method thins it
     cache_bytes: list[int] = field(default_factory=list)
     memory_bytes: int | None = None
     timeline: dict[str, str] = field(default_factory=dict)
     calibration_seconds: float | None = None
     config: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    density: list[float] = field(default_factory=list)  # of the attention, where a method thins it
 
 
 @dataclass

@@ -57,6 +57,10 @@ def test_capture_sees_what_the_model_attends_to() -> None:
     captured = capture(pipe, lambda p: outputs.append(tiny.call(p)), [3, 4], [0, 2])
     assert torch.equal(outputs[0], plain) and torch.equal(tiny.call(pipe), plain), "nothing changes, nothing stays"
     assert sorted(captured) == [(0, 3), (0, 4), (2, 3), (2, 4)]
+    calls: list[int] = []
+    again = capture(pipe, lambda p: calls.append(len(tiny.call(p))), [3, 4], [0, 2], stop=True)
+    assert not calls and all(torch.equal(again[key].seen.q, captured[key].seen.q) for key in captured)
+    assert torch.equal(tiny.call(pipe), plain)
     one = captured[2, 3]
     assert one.layout.tokens == one.seen.q.shape[2] == one.layout.visual and one.layers == 4 and one.steps == 8
     with pytest.raises(DitaError, match="ask for others"):
