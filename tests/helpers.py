@@ -19,6 +19,8 @@ INSIDE = tuple(name for name in METHODS if name not in CACHING)
 THREE = ("dit", "flux", "wan")
 ON_THREE = [(m, t) for m in CACHING for t in THREE] + [(m, THREE[i % 3]) for i, m in enumerate(INSIDE)]
 """Caching methods on all three pipelines, the others on each in turn."""
+HANDLERS = ("adaspa", "asymrnr", "sada-token", "sage", "tome")
+"""One method inside a layer for each way of attaching there."""
 
 
 def configured(name: str, kind: str, tiny: str, steps: int = 8) -> Method:

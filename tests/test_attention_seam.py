@@ -112,6 +112,7 @@ def test_text_tokens_are_where_the_layout_says(tiny: str) -> None:
 def _change_text(block: Block) -> None:
     def change(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         text = block.read(args, kwargs)[1]
+        assert text is not None
         other = text.sin() + text.roll(1, -1)
         if block.entry.encoder in kwargs:
             return args, {**kwargs, block.entry.encoder: other}

@@ -7,14 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CACHING, METHODS, ON_THREE, THREE, assert_same_snapshot, configured, plain, snapshot
+from helpers import (
+    CACHING,
+    HANDLERS,
+    INSIDE,
+    METHODS,
+    ON_THREE,
+    THREE,
+    assert_same_snapshot,
+    configured,
+    plain,
+    snapshot,
+)
 from pipelines import TINY
 
 import dita
 from dita import registry
 
-every_method = pytest.mark.parametrize("method", METHODS)
-on_three = pytest.mark.parametrize("tiny", THREE)
 on_some = pytest.mark.parametrize(("method", "tiny"), ON_THREE)
 # What comes between runs tries the runtime more than the method: each method on one of the three.
 in_turn = pytest.mark.parametrize(("method", "tiny"), [(m, THREE[i % 3]) for i, m in enumerate(METHODS)])
@@ -33,8 +42,7 @@ def test_disabled_is_bit_identical(method: str, tiny: str) -> None:
     assert run.reused == 0 and run.steps == 8 and len(run.records) == 8 * TINY[tiny].branches
 
 
-@on_three
-@every_method
+@on_some
 def test_forced_skips_and_restores(method: str, tiny: str) -> None:
     pipe = TINY[tiny].build()
     config = configured(method, "forced", tiny)
@@ -62,6 +70,10 @@ def test_same_seed_same_output_whatever_came_between(method: str, tiny: str) -> 
     bound = getattr(registry.get(method), "bound", False)
     first = call(pipe)
     assert torch.equal(call(pipe), first), "twice in a row"
+    if method in INSIDE and method not in HANDLERS:
+        call(pipe, batch=2)
+        assert torch.equal(call(pipe), first), "after another batch size"
+        return
     with pytest.warns(dita.DitaWarning) if bound else _nothing():
         call(pipe, steps=11)
     call(pipe, batch=2)
@@ -95,7 +107,7 @@ def test_exception_in_the_middle_leaves_nothing(method: str, tiny: str) -> None:
     assert [run.finished for run in dita.report(pipe).runs] == [True, False, True]
 
 
-@in_turn
+@pytest.mark.parametrize(("method", "tiny"), [(m, THREE[i % 3]) for i, m in enumerate((*CACHING, *HANDLERS))])
 def test_two_pipes_interleaved_and_in_threads(method: str, tiny: str) -> None:
     call = TINY[tiny].call
     one, two = build(method, tiny), build(method, tiny)
