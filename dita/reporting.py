@@ -188,10 +188,9 @@ class RunReport:
 
     def _headline(self) -> str:
         state = "" if self.finished else ", not finished"
-        times = {
-            kind: [r.seconds for r in self.records if (r.action == "computed") == (kind == "computed")]
-            for kind in ("computed", "skipped")
-        }
+        times: dict[str, list[float]] = {"computed": [], "sparse": [], "low-bit": [], "skipped": []}
+        for record in self.records:
+            times[record.action if record.action in times else "skipped"].append(record.seconds)
         means = ", ".join(f"{kind} {1000 * sum(v) / len(v):.1f} ms" for kind, v in times.items() if v)
         sparse, low = (sum(record.action == kind for record in self.records) for kind in ("sparse", "low-bit"))
         thinned = f"{sparse} sparse (mean density {self.density:.2f}), " if sparse else ""

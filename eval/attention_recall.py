@@ -158,6 +158,7 @@ def judge(
     bare = method.replace(dense_steps=0.0, dense_layers=0, cutoff=1.0)
     handler: Any = bare.handler(describe(getattr(pipe, component)))
     policy: Policy = handler.policy
+    policy.fleeting = False  # the plan is looked at afterwards
     densities, recalls, errors = [], [], []
     for layer in layers:
         steps = sorted(step for other, step in captured if other == layer)
