@@ -132,11 +132,6 @@ class BlockPlan:
         }
         return dataclasses.replace(self, **moved)
 
-    def bytes(self) -> int:
-        """Bytes of its tensors."""
-        tensors = (self.counts, self.indices, self.order_q, self.order_k)
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
 
 def block_count(tokens: int, block: int) -> int:
     """How many blocks hold that many tokens.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from dita.kernels.reduction.matching import Grid
 from dita.kernels.reduction.shift import Watched
+from dita.kernels.sparse.handler import bytes_of
 from dita.seams import Call, Handler, Reducer, Site
 
 
@@ -145,19 +145,3 @@ class ReductionHandler(Handler):
     def bytes_held(self) -> int:
         """Bytes of whatever the policy keeps in its states, and of shifts."""
         return bytes_of([*(state for _, state in self._states.values()), *self._shifts.values()])
-
-
-def bytes_of(value: Any) -> int:
-    """Bytes of the tensors in a value: tensors, dataclasses, dictionaries and sequences of such.
-
-    Example:
-        >>> bytes_of({"a": [torch.zeros(2), None], "b": "text"})
-        8
-    """
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    if is_dataclass(value):
-        value = [getattr(value, f.name) for f in fields(value)]
-    if isinstance(value, dict):
-        value = value.values()
-    return sum(map(bytes_of, value)) if isinstance(value, Iterable) and not isinstance(value, str) else 0

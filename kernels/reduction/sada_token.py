@@ -32,8 +32,8 @@ from dita.config import Method, check_number, check_whole
 from dita.errors import DitaError
 from dita.grid import channel_axis
 from dita.kernels.reduction.base import CLAIM, require_known_positions
-from dita.kernels.reduction.handler import bytes_of
 from dita.kernels.reduction.matching import Grid, draw_destinations, fitting, others, seed_of
+from dita.kernels.sparse.handler import bytes_of
 from dita.kernels.tokens import choose, gather_tokens, put_tokens
 from dita.registry import register
 from dita.seams import Call, Handler, Position, Reducer, Site

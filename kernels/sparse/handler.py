@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 
 from dita.attention_view import Attended
-from dita.kernels.plan import BlockPlan
 from dita.kernels.sparse.layout import Layout
 from dita.kernels.sparse.policy import Asked, Policy
 from dita.seams import Call, Handler, Site
@@ -99,14 +99,20 @@ class SparseHandler(Handler):
 
     def bytes_held(self) -> int:
         """Bytes of plans and of whatever else the policy keeps in its states."""
-        return sum(_bytes(value) for _, state in self._states.values() for value in state.values())
+        return bytes_of([state for _, state in self._states.values()])
 
 
-def _bytes(value: Any) -> int:
+def bytes_of(value: Any) -> int:
+    """Bytes of the tensors in a value: tensors, dataclasses, dictionaries and sequences of such.
+
+    Example:
+        >>> bytes_of({"a": [torch.zeros(2), None], "b": "text"})
+        8
+    """
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
-    if isinstance(value, BlockPlan):
-        return value.bytes()
+    if is_dataclass(value):
+        value = [getattr(value, f.name) for f in fields(value)]
     if isinstance(value, dict):
         value = value.values()
-    return sum(map(_bytes, value)) if isinstance(value, Iterable) and not isinstance(value, str) else 0
+    return sum(map(bytes_of, value)) if isinstance(value, Iterable) and not isinstance(value, str) else 0
