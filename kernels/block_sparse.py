@@ -15,7 +15,7 @@ from dita.errors import DitaError
 from dita.kernels.masked_attention import naive_block_sparse
 from dita.kernels.plan import BlockPlan, arrange, block_count, key_validity, put_back
 
-BACKENDS = ("auto", "triton", "gather", "flex", "naive")
+BACKENDS = ("auto", "triton", "gather", "flex", "int8", "naive")
 
 
 def block_sparse_attention(
@@ -35,7 +35,8 @@ def block_sparse_attention(
         plan: what each block of queries sees.
         scale: of the logits, 1 / sqrt(D) by default.
         key_mask: bool [B, M], False for keys that no query sees, such as padded text.
-        backend: one of `BACKENDS`; "flex" returns no log-sum-exp but NaN.
+        backend: one of `BACKENDS`; "flex" returns no log-sum-exp but NaN, "int8" rounds queries and keys to 8 bits, as
+            SpargeAttn does.
 
     Returns:
         output [B, H, N, D] in the dtype of q, and the natural log of the sum of exponentials, float32 [B, H, N]. A
@@ -77,6 +78,12 @@ def block_sparse_attention(
         from dita.kernels.block_sparse_cpu import gather_attention
 
         out, lse = gather_attention(queries, keys, values, plan, scale, valid)
+    elif backend == "int8":
+        from dita.kernels.int8_attention import int8_attention
+
+        out, lse = int8_attention(
+            queries, keys, values, plan.counts, plan.indices, plan.block_q, plan.block_k, scale, valid
+        )
     else:
         from dita.kernels.block_sparse_cpu import flex_attention
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dita.kernels.block_sparse import block_sparse_attention
-from dita.kernels.plan import BlockPlan, arrange, key_validity, put_back
+from dita.kernels.plan import BlockPlan
 from dita.kernels.sparse.layout import Layout
 
 
@@ -110,9 +110,8 @@ class Policy:
 
     def attention(self, asked: Asked, plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute what a plan keeps, as `qk` says: output [B, H, N, D] and log-sum-exp, float32 [B, H, N]."""
-        if self.qk == "same":
-            return block_sparse_attention(asked.q, asked.k, asked.v, plan, asked.scale, asked.key_mask)
-        return int8_block_sparse(asked.q, asked.k, asked.v, plan, asked.scale, asked.key_mask)
+        backend = "auto" if self.qk == "same" else self.qk
+        return block_sparse_attention(asked.q, asked.k, asked.v, plan, asked.scale, asked.key_mask, backend)
 
     def _current(self, asked: Asked) -> tuple[BlockPlan | None, float]:
         """The plan in force and its density; a new one if there is none, or its lifetime is over."""
@@ -123,31 +122,3 @@ class Policy:
             if not self.fleeting:
                 asked.state["plan"] = (asked.step + (0 if plan is None else plan.lifetime), plan, kept)
         return plan, kept
-
-
-def int8_block_sparse(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    plan: BlockPlan,
-    scale: float | None = None,
-    key_mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`dita.kernels.block_sparse.block_sparse_attention` with queries and keys rounded to 8 bits, as SpargeAttn does.
-
-    Example:
-        >>> q = torch.randn(1, 2, 128, 16)
-        >>> plan = BlockPlan.of_mask(torch.eye(2, dtype=torch.bool)[None, None], 64, 64)
-        >>> near, _ = int8_block_sparse(q, q, q, plan)
-        >>> bool((near - block_sparse_attention(q, q, q, plan)[0]).abs().max() < 0.1)
-        True
-    """
-    from dita.kernels.int8_attention import int8_attention
-
-    if plan.order_k is not None and plan.order_k.ndim == 3 and plan.order_k.shape[1] > 1 and k.shape[1] < q.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    out, lse = int8_attention(
-        arrange(q, plan.order_q), arrange(k, plan.order_k), arrange(v, plan.order_k), plan.counts, plan.indices,
-        plan.block_q, plan.block_k, scale, key_validity(plan, key_mask),
-    )  # fmt: skip
-    return put_back(out, plan.order_q, q.shape[2]), put_back(lse, plan.order_q, q.shape[2], -math.inf)
