@@ -6,14 +6,16 @@ Heun calls the model twice a step, guidance two or three times, and image-to-ima
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from dita.fingerprint import fingerprint
+from dita.loop import Loop, Step, StepCall, previous_sample, with_sample
 from dita.patch import Patch
 from dita.seams import Position
 
@@ -29,6 +31,8 @@ class RunClock:
         on_finish: called when the last step of a run returned.
         on_step: called when a solver step is finished, after all its stages, with the number of the model called in it
             (the first, if several), its position and the latents; returns the latents to go on from.
+        loops: methods that take part in `set_timesteps` and `step`, the first one outermost.
+        pipe: the pipeline, for them.
     """
 
     def __init__(
@@ -37,9 +41,12 @@ class RunClock:
         on_start: Callable[[], None],
         on_finish: Callable[[], None],
         on_step: Callable[[int, Position, torch.Tensor], torch.Tensor] | None = None,
+        loops: Sequence[Loop] = (),
+        pipe: Any = None,
     ) -> None:
         self._scheduler_of = scheduler_of
         self._on_step = on_step
+        self._loops, self._pipe = tuple(loops), pipe
         self._on_start, self._on_finish = on_start, on_finish
         self._scheduler: Any = None
         self._patches: list[Patch] = []
@@ -77,6 +84,11 @@ class RunClock:
     def evaluations(self) -> int:
         """Entries of the executed timestep list."""
         return len(self._scheduler.timesteps) - self.begin
+
+    @property
+    def entry(self) -> tuple[int, int]:
+        """Run and number of the scheduler's step under way."""
+        return (self.run, self.done)
 
     @property
     def steps(self) -> int:
@@ -150,12 +162,17 @@ class RunClock:
         self._on_start()
 
     def _set_timesteps(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for loop in reversed(self._loops):
+            original = functools.partial(self._through, loop, original)
         result = original(*args, **kwargs)
         self._start()
         return result
 
+    def _through(self, loop: Loop, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return loop.timesteps(self._scheduler, original, args, kwargs)
+
     def _step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = original(*args, **kwargs)
+        result = self._solve(original, args, kwargs) if self.running and self._loops else original(*args, **kwargs)
         if not self.running:
             return result
         if self.done == 0:
@@ -168,22 +185,44 @@ class RunClock:
             self._on_finish()
         return result
 
+    def _solve(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let the methods on the loop take part in a step."""
+        call = StepCall(self._scheduler, original, args, kwargs)
+        if not self._calls or not call.readable:
+            return original(*args, **kwargs)
+        results: list[Any] = []
+
+        def solve(output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+            results.append(call.run(output, sample))
+            found = previous_sample(results[-1])
+            assert found is not None
+            return found
+
+        position = self._place(next(iter(self._calls)), "")
+        timestep = call.arguments.get("timestep")
+
+        def through(loop: Loop, inner: Any, output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+            return loop.step(Step(position, self._scheduler, output, timestep, sample, self._pipe), inner)
+
+        chain: Any = solve
+        for loop in reversed(self._loops):
+            chain = functools.partial(through, loop, chain)
+        sample = chain(call.arguments[call.first], call.arguments["sample"])
+        if not results:
+            results.append(original(*args, **kwargs))
+        return results[-1] if previous_sample(results[-1]) is sample else with_sample(results[-1], sample)
+
     def _correct(self, result: Any) -> Any:
         """Let the latents of a finished step be corrected, in whatever the scheduler wrapped them."""
         whole = (self.done + 1) % self.order == 0 or self.done + 1 >= self.evaluations
         if self._on_step is None or not whole or not self._calls:
             return result
         model = next(iter(self._calls))
-        old = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
-        if not isinstance(old, torch.Tensor):
+        old = previous_sample(result)
+        if old is None:
             return result
         new = self._on_step(model, self._place(model, ""), old)
-        if new is old:
-            return result
-        if isinstance(result, tuple):
-            return (new, *result[1:])
-        result.prev_sample = new
-        return result
+        return result if new is old else with_sample(result, new)
 
     def _find_begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Tell where the run began from its first step; schedulers without an index are asked by their timestep."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from dita.anatomy import Anatomy
+    from dita.loop import Loop
     from dita.seams import Handler, Site
 
 
@@ -69,6 +70,18 @@ class Method:
             DitaError: the model lacks what the method needs; the message says what.
         """
         raise NotImplementedError(f"{type(self).__name__} must define handler()")
+
+    def loop(self, anatomies: tuple[Anatomy, ...], pipe: Any = None) -> Loop | None:
+        """Build the object that does the work on the sampling loop; None for a method that leaves it as it is.
+
+        Args:
+            anatomies: of the pipeline's transformers.
+            pipe: the pipeline; None when a bare transformer is asked about.
+
+        Raises:
+            DitaError: the pipeline is not of a kind that the method works on.
+        """
+        return None
 
     @classmethod
     def disabled(cls) -> Method:

@@ -96,6 +96,19 @@ def record_of(position: Position, call: Call, model: str) -> StepRecord:
     )
 
 
+def left_out(position: Position, role: str, reason: str, model: str) -> tuple[StepRecord, Timer]:
+    """What the report keeps of a branch that was not computed.
+
+    Example:
+        >>> left_out(Position(0, 1, 0, "all", 0, 1, 0), "uncond", "outside", "transformer")[0].action
+        'skipped'
+    """
+    timer = Timer(torch.device("cpu"))
+    timer.stop()
+    branch = position.branch if role == "all" else role
+    return StepRecord(position.step, position.stage, branch, "skipped", None, reason, model), timer
+
+
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
     """What a module is about to read, by name or as its first argument; None if that is no tensor.
 

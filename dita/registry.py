@@ -11,7 +11,7 @@ from dita.config import Method, _known
 from dita.errors import DitaError
 
 _METHODS: dict[str, type[Method]] = {}
-_ROOMS = ("dita.caching", "dita.kernels.sparse", "dita.kernels.reduction")
+_ROOMS = ("dita.caching", "dita.kernels.sparse", "dita.kernels.reduction", "dita.schedulers")
 
 M = TypeVar("M", bound=type[Method])
 

@@ -12,7 +12,7 @@ from dita.errors import DitaWarning
 if TYPE_CHECKING:
     from dita.passage import Timer
 
-_MARK = {"computed": "#", "low-bit": "=", "sparse": "%", "partial": "+", "reused": ".", "forecast": "~"}
+_MARK = {"computed": "#", "low-bit": "=", "sparse": "%", "partial": "+", "reused": ".", "forecast": "~", "skipped": "-"}
 _COLOUR = {
     "computed": "#1f77b4",
     "low-bit": "#9e9ac8",
@@ -20,6 +20,7 @@ _COLOUR = {
     "partial": "#9ecae1",
     "reused": "#d9d9d9",
     "forecast": "#ffbf66",
+    "skipped": "#f7f7f7",
 }
 _WHOLE = ("computed", "low-bit", "sparse")  # actions of calls in which every site ran
 KEPT_RUNS = 20
@@ -46,8 +47,9 @@ class StepRecord:
         step, stage: solver step from 0, and the model evaluation within it (1 is Heun's second).
         branch: "all", "cond", "uncond" or the pipeline's own name.
         action: "computed", "reused" (the last value stands in), "forecast" (a weighted sum of past values does),
-            "partial" (some sites ran), "sparse" (all ran, with a part of the attention) or "low-bit" (all ran, with
-            attention in fewer bits).
+            "partial" (some sites ran), "sparse" (all ran, with a part of the attention), "low-bit" (all ran, with
+            attention in fewer bits) or "skipped" (the transformer was not called: a guidance branch or a whole step
+            was left out).
         value: the indicator behind the decision, None where a fixed schedule decided.
         reason: the decision in words.
         model: the pipeline's attribute holding the transformer.
@@ -87,13 +89,16 @@ class RunReport:
     finished: bool = False
     note: str = ""
     memory: dict[str, str] = field(default_factory=dict)
-    _timers: list[Timer] = field(default_factory=list, repr=False)
+    _timers: list[tuple[Timer, float]] = field(default_factory=list, repr=False)
     _held: dict[str, int] = field(default_factory=dict, repr=False)
 
-    def add(self, record: StepRecord, timer: Timer, cache_bytes: int, memory: str = "") -> None:
-        """Append one call, after which its transformer's methods hold `cache_bytes`."""
+    def add(self, record: StepRecord, timer: Timer, cache_bytes: int, memory: str = "", share: float = 1.0) -> None:
+        """Append one call, after which its transformer's methods hold `cache_bytes`.
+
+        Branches that were computed in one call share its time evenly.
+        """
         self.records.append(record)
-        self._timers.append(timer)
+        self._timers.append((timer, share))
         self._held[record.model] = cache_bytes
         self.peak_cache_bytes = max(self.peak_cache_bytes, sum(self._held.values()))
         if memory:
@@ -101,8 +106,8 @@ class RunReport:
 
     def settle(self) -> RunReport:
         """Read the timers and give unnamed branches their names; safe to call at any time, more than once."""
-        for record, timer in zip(self.records, self._timers, strict=True):
-            record.seconds = timer.seconds()
+        for record, (timer, share) in zip(self.records, self._timers, strict=True):
+            record.seconds = timer.seconds() * share
         unnamed = sorted({r.branch for r in self.records if r.branch.startswith("call ")})
         names = ["all"] if len(unnamed) == 1 else ["cond", "uncond", "third", "fourth"]
         renamed = dict(zip(unnamed, names, strict=False))
@@ -147,7 +152,7 @@ class RunReport:
         if disabled or self.reused:
             return
         why = self.note or "no transformer call belonged to the sampling loop"
-        if self.records:
+        if self.records and not self.note:
             reasons: dict[str, int] = {}
             for record in self.records:
                 reasons[record.reason] = reasons.get(record.reason, 0) + 1
@@ -239,7 +244,7 @@ class Report:
     def __str__(self) -> str:
         head = [f"dita: {', '.join(self.methods)}", *(f"  {line}" for line in self.models)]
         body = [str(self.last)] if self.runs else ["no run yet"]
-        legend = "  # computed   = low-bit   % sparse   ~ forecast   . reused"
+        legend = "  # computed   = low-bit   % sparse   ~ forecast   . reused   - skipped"
         return "\n".join([*head, *body, legend])
 
     __repr__ = __str__

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from dita.clock import RunClock
 from dita.errors import DitaError
 from dita.grid import Grid, token_grid
 from dita.kernels.tokens import gather_tokens
-from dita.passage import Hooked, Original, Timer, first_tensor, flatten, record_of, run_to_attention
+from dita.loop import Loop, LoopVariables, Request, roles_of
+from dita.passage import Hooked, Original, Timer, first_tensor, flatten, left_out, record_of, run_to_attention
 from dita.patch import Patch
 from dita.reporting import RunReport
 from dita.seams import Call, Features, Handler, Position, Site
@@ -33,6 +35,8 @@ class ModelRuntime:
         handlers: the methods at work, in the user's order.
         clock: the pipeline's run clock.
         current_report: returns the report of the run under way.
+        loops: methods at work on the sampling loop, the first one outermost.
+        pipe: the pipeline.
     """
 
     def __init__(
@@ -43,9 +47,15 @@ class ModelRuntime:
         handlers: Sequence[Handler],
         clock: RunClock,
         current_report: Callable[[], RunReport],
+        loops: Sequence[Loop] = (),
+        pipe: Any = None,
     ) -> None:
         self.number, self.name, self.anatomy = number, name, anatomy
         self.handlers, self.clock, self._current_report = tuple(handlers), clock, current_report
+        self.loops, self._variables = tuple(loops), LoopVariables(pipe)
+        self._keeps = any(handler.sites for handler in self.handlers)
+        self._roles: tuple[tuple[int, int], list[tuple[str, ...]]] = ((-1, -1), [])
+        self._ran: tuple[int, int] = (-1, -1)
         self._patches: list[Patch] = []
         self._branch: str | None = None
         self._run = -1
@@ -106,13 +116,16 @@ class ModelRuntime:
 
     def stepped(self, position: Position, latents: torch.Tensor) -> torch.Tensor:
         """The solver finished a step for which this model was called; each handler may correct the latents."""
+        if self._ran != (self.clock.run, position.step):
+            return latents  # some method left out every call of this step
         for handler in self.handlers:
             latents = handler.stepped(position, latents)
         return latents
 
     def bytes_held(self) -> int:
-        """Bytes of tensors that the handlers keep now."""
-        return sum(handler.bytes_held() for handler in self.handlers)
+        """Bytes of tensors that the handlers keep now, and with the first transformer those of the loop's methods."""
+        loops = sum(loop.bytes_held() for loop in self.loops) if self.number == 0 else 0
+        return loops + sum(handler.bytes_held() for handler in self.handlers)
 
     def _patch(self, target: Any, name: str, around: Any) -> None:
         patch = Patch(target, name, around)
@@ -145,8 +158,53 @@ class ModelRuntime:
             self._grids.clear()
             for handler in self.handlers:
                 handler.begin_run()
+        if not self.loops:
+            return self._one(position, ("all",), "", original, args, kwargs)
+
+        def run(request: Request) -> Any:
+            return self._one(request.position, request.roles, request.reason, original, request.args, request.kwargs)
+
+        for loop in reversed(self.loops):
+            run = functools.partial(loop.model, run=run)
+        return run(self._request(position, args, kwargs))
+
+    def _request(self, position: Position, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:
+        """The call as methods on the sampling loop see it."""
+        variables, pipe = self._variables.read(), self._variables.pipe
+        if self._roles[0] != self.clock.entry:
+            self._roles = (self.clock.entry, [])
+        scale = LoopVariables.scale(variables, pipe)
+        perturbed = bool(getattr(pipe, "do_perturbed_attention_guidance", False))
+        request = Request(
+            position, ("all",), self._parameters, args, kwargs, self.anatomy, scale, self._left_out, not perturbed,
+            self._keeps, remark=self._remark,
+        )  # fmt: skip
+        latents = request.get("hidden_states")
+        roles = roles_of(variables, pipe, position.branch, self._roles[1], latents)
+        self._roles[1].append(roles)
+        named = replace(position, branch=roles[0]) if len(roles) == 1 and roles != ("all",) else position
+        return replace(request, roles=roles, position=named)
+
+    def _remark(self, text: str) -> None:
+        self._current_report().note = text
+
+    def _left_out(self, position: Position, role: str, reason: str) -> None:
+        self._current_report().add(*left_out(position, role, reason, self.name), self.bytes_held())
+
+    def _one(
+        self,
+        position: Position,
+        roles: tuple[str, ...],
+        reason: str,
+        original: Original,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run one call, of one branch or all of them batched, through the handlers' sites."""
+        self._ran = (self.clock.run, position.step)
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
         call = self._describe(position, args, kwargs, tensors)
+        call.reason = reason
         timer = Timer(tensors[0].device if tensors else torch.device("cpu"))
         self._call = call
         self._occurrences.clear()
@@ -161,12 +219,10 @@ class ModelRuntime:
             self._call, self._skipping = None, None
             self._open.clear()
         timer.stop()
-        self._current_report().add(
-            record_of(position, call, self.name),
-            timer,
-            self.bytes_held(),
-            call.note,
-        )
+        for role in roles:
+            placed = position if len(roles) == 1 else replace(position, branch=role)
+            record, held = record_of(placed, call, self.name), self.bytes_held()
+            self._current_report().add(record, timer, held, call.note, 1 / len(roles))
         return result
 
     def _describe(

@@ -14,6 +14,7 @@ from dita.clock import RunClock
 from dita.config import Method
 from dita.defaults import default_methods
 from dita.errors import DitaError
+from dita.loop import Run
 from dita.registry import resolve
 from dita.reporting import KEPT_RUNS, Report, RunReport
 from dita.runtime import ModelRuntime
@@ -30,11 +31,17 @@ class Session:
     def __init__(self, pipe: Any, methods: tuple[Method, ...], anatomies: dict[str, Anatomy]) -> None:
         self.pipe, self.methods = pipe, methods
         self.labels = tuple(f"{m.name}({m.label()})" for m in methods)
-        self.clock = RunClock(lambda: pipe.scheduler, self._run_started, self._run_finished, self._stepped)
+        found = tuple(anatomies.values())
+        self.loops = tuple(loop for m in methods if (loop := m.loop(found, pipe)) is not None)
+        self.clock = RunClock(
+            lambda: pipe.scheduler, self._run_started, self._run_finished, self._stepped, self.loops, pipe
+        )
         self.runs: list[RunReport] = []
         shares = [m.among(len(anatomies)) for m in methods]
         self.runtimes = [
-            ModelRuntime(number, name, anatomy, [m.handler(anatomy) for m in shares], self.clock, self._current)
+            ModelRuntime(
+                number, name, anatomy, [m.handler(anatomy) for m in shares], self.clock, self._current, self.loops, pipe
+            )
             for number, (name, anatomy) in enumerate(anatomies.items())
         ]
         self._disabled = all(m == type(m).disabled() for m in methods)
@@ -70,6 +77,9 @@ class Session:
     def _run_started(self) -> None:
         self.runs.append(RunReport(self.labels))
         del self.runs[:-KEPT_RUNS]
+        run = Run(self.pipe, self.pipe.scheduler, self.clock.steps, tuple(r.anatomy for r in self.runtimes))
+        for loop in self.loops:
+            loop.begin_run(run)
 
     def _run_finished(self) -> None:
         run = self._current()

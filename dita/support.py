@@ -53,11 +53,12 @@ def supports(pipe_or_model: Any, method: str | Method | None = None) -> SupportR
         True
     """
     if isinstance(pipe_or_model, nn.Module):
-        anatomies = [describe(pipe_or_model)]
+        pipe, anatomies = None, [describe(pipe_or_model)]
     else:
-        anatomies = [describe(model) for model in transformers_of(pipe_or_model).values()]
+        pipe = pipe_or_model
+        anatomies = [describe(model) for model in transformers_of(pipe).values()]
     wanted = [registry.resolve(method)] if method is not None else [registry.get(n)() for n in registry.names()]
-    answers = {m.name: _answer(m, anatomies) for m in wanted}
+    answers = {m.name: _answer(m, anatomies, pipe) for m in wanted}
     return SupportReport(", ".join(a.name for a in anatomies), _seams(anatomies[0]), answers)
 
 
@@ -74,10 +75,12 @@ def _seams(anatomy: Anatomy) -> dict[str, tuple[bool, str]]:
     }
 
 
-def _answer(method: Method, anatomies: list[Anatomy]) -> tuple[bool, str]:
+def _answer(method: Method, anatomies: list[Anatomy], pipe: Any) -> tuple[bool, str]:
     try:
         sites = sum(len(method.sites(anatomy)) for anatomy in anatomies)
+        loop = method.loop(tuple(anatomies), pipe)
     except DitaError as error:
         return False, str(error)
     note = "; needs one calibration run" if method.needs_calibration else ""
-    return True, f"{sites} sites{note}"
+    place = f"{sites} sites" if sites or loop is None else "the sampling loop"
+    return True, f"{place}{note}"

@@ -25,7 +25,9 @@ from dita.eval.timing import timed
 _LEAST_PAIRS = 2
 _UNSTEADY = 1.25  # largest over smallest time of the same plain run, above which a setting is marked
 _TRAINING = 1000  # samples that a training draws from
-_LETTERS = {"computed": "C", "low-bit": "L", "sparse": "S", "partial": "P", "reused": "R", "forecast": "F"}
+_LETTERS = {
+    "computed": "C", "low-bit": "L", "sparse": "S", "partial": "P", "reused": "R", "forecast": "F", "skipped": "N"
+}  # fmt: skip
 
 Observe = Callable[[Drawn, range], None]
 

@@ -8,7 +8,15 @@ from typing import NamedTuple
 
 from dita.errors import DitaError
 
-ACTIONS = {"C": "computed", "L": "low-bit", "S": "sparse", "P": "partial", "F": "forecast", "R": "reused"}
+ACTIONS = {
+    "C": "computed",
+    "L": "low-bit",
+    "S": "sparse",
+    "P": "partial",
+    "F": "forecast",
+    "R": "reused",
+    "N": "skipped",
+}
 _HEIGHTS = {
     "C": 12,
     "L": 11.5,
@@ -16,6 +24,7 @@ _HEIGHTS = {
     "P": 10,
     "F": 7,
     "R": 3,
+    "N": 1,
 }  # of cells that stand on one ground line, so that it reads without colours
 
 
@@ -32,8 +41,8 @@ def lanes(timeline: Mapping[str, str]) -> list[Lane]:
 
     Args:
         timeline: by branch, one letter per transformer call in order: C computed, L computed with low-bit attention,
-            S with sparse attention, P partly computed, R reused, F forecast. "cond/1" is the second model evaluation in
-            a solver step of the branch "cond".
+            S with sparse attention, P partly computed, R reused, F forecast, N not called. "cond/1" is the second model
+            evaluation in a solver step of the branch "cond".
 
     Returns:
         Lanes in the order of the branches. `svg` is an element without colours: the class of each path is its letter,
@@ -87,7 +96,7 @@ def _spoken(branch: str) -> str:
 def _describe(letters: str) -> str:
     computed = [place for place, letter in enumerate(letters) if letter == "C"]
     where = f" ({ranges(computed)})" if 0 < len(computed) < len(letters) else ""
-    others = [f"{letters.count(letter)} {ACTIONS[letter]}" for letter in "LSPFR" if letter in letters]
+    others = [f"{letters.count(letter)} {ACTIONS[letter]}" for letter in "LSPFRN" if letter in letters]
     return ", ".join([f"{len(computed)} of {len(letters)} computed{where}", *others])
 
 

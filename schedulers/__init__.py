@@ -1,6 +1,12 @@
 """The sampling loop around the transformer: guidance, solver, timesteps and resolution.
 
-Methods in this room decide how often, at which timesteps and with which guidance the transformer is called. They attach
-at the step seam and the model seam, know nothing of the inside of a block, and register with `dita.registry` like every
-other method. Version 0.1 has none yet.
+Methods in this room decide how often, at which timesteps, at which size and with which guidance the transformer is
+called. They attach at the step seam and the model seam (`dita.loop`) and know nothing of the inside of a block.
+Importing this package registers them.
 """
+
+from __future__ import annotations
+
+from dita.schedulers import guidance, resolution, solvers, timesteps
+
+__all__ = ["guidance", "resolution", "solvers", "timesteps"]

@@ -1,0 +1,1 @@
+"""Resolution: parts of the run on fewer tokens."""

@@ -1,0 +1,1 @@
+"""Solvers: steps taken without the transformer, or several at a time."""

@@ -1,0 +1,1 @@
+"""Timesteps: which ones are run, and which the transformer is told."""
