@@ -34,10 +34,10 @@ from dita.caching.profilingdit import ProfilingDiT
 from dita.caching.qandc import QandC
 from dita.caching.smoothcache import SmoothCache
 from dita.caching.speca import SpeCa
-from dita.caching.table import Table
 from dita.caching.taylorseer import TaylorSeer
 from dita.caching.teacache import Rescaling, TeaCache
 from dita.caching.toca import ToCa
+from dita.table import Table
 
 __all__ = [
     "BAC",

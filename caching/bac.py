@@ -24,19 +24,11 @@ import torch
 from dita.anatomy import Anatomy
 from dita.caching.engine import Recipe
 from dita.caching.policy import Verdict, View
-from dita.caching.table import (
-    CalibratedMethod,
-    Measurement,
-    Recorder,
-    Table,
-    TablePolicy,
-    measure,
-    nearest_index,
-    table_for,
-)
+from dita.caching.table import CalibratedMethod, Measurement, Recorder, TablePolicy, measure
 from dita.config import check_whole
 from dita.registry import register
 from dita.seams import Features, Site
+from dita.table import Table, nearest_index, table_for
 
 _TOKENS = 64  # per sample, that the calibration looks at
 _MLP_ROLES = ("mlp", "parallel")

@@ -27,21 +27,12 @@ from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast
 from dita.caching.history import History
 from dita.caching.policy import Verdict, View
-from dita.caching.table import (
-    CalibratedMethod,
-    Measurement,
-    Recorder,
-    Table,
-    TablePolicy,
-    measure,
-    nearest_index,
-    stream_key,
-    table_for,
-)
+from dita.caching.table import CalibratedMethod, Measurement, Recorder, TablePolicy, measure, stream_key
 from dita.config import check_whole
 from dita.errors import DitaError
 from dita.registry import register
 from dita.seams import Call, Features, Site
+from dita.table import Table, nearest_index, table_for
 
 
 def segments(distance: Sequence[Sequence[float]], steps: int, interval: int) -> list[int]:

@@ -37,9 +37,10 @@ from dita.anatomy import Anatomy
 from dita.caching.bac import ScheduledSites
 from dita.caching.engine import Recipe
 from dita.caching.harmonica_training import Training, train_router
-from dita.caching.table import CalibratedMethod, Table, table_for
+from dita.caching.table import CalibratedMethod
 from dita.config import check_number, check_whole
 from dita.registry import register
+from dita.table import Table, table_for
 
 
 @register

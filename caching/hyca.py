@@ -38,11 +38,12 @@ from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast, taylor_weights
 from dita.caching.history import History
 from dita.caching.policy import FixedInterval, View
-from dita.caching.table import CalibratedMethod, Measurement, Recorder, Table, measure, table_for
+from dita.caching.table import CalibratedMethod, Measurement, Recorder, measure
 from dita.config import check_whole
 from dita.errors import DitaError
 from dita.registry import register
 from dita.seams import Call, Features, Site
+from dita.table import Table, table_for
 
 _ANCHORS = 3
 _TOKENS = 64  # per sample, that the calibration looks at

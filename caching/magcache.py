@@ -27,9 +27,10 @@ from dita.anatomy import Anatomy
 from dita.caching.engine import Recipe
 from dita.caching.magnitude import MagnitudeTable, measure_magnitudes
 from dita.caching.policy import Guards, Verdict, View
-from dita.caching.table import CalibratedMethod, Table, TablePolicy, nearest_index, table_for
+from dita.caching.table import CalibratedMethod, TablePolicy
 from dita.config import check_number, check_whole
 from dita.registry import register
+from dita.table import Table, nearest_index, table_for
 
 
 class MagnitudeGate(TablePolicy):

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 from dita.anatomy import Anatomy
 from dita.caching.engine import Recipe
 from dita.caching.policy import View
-from dita.caching.table import Measurement, Recorder, Table, measure, stream_key
+from dita.caching.table import Measurement, Recorder, measure, stream_key
 from dita.errors import DitaError
 from dita.seams import Position
+from dita.table import Table
 
 _FLUX = (
     1.0, 1.211, 1.117, 1.078, 1.0625, 1.039, 1.031, 1.039, 1.023, 1.031, 1.023, 0.980, 1.016, 1.008,

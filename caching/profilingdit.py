@@ -32,11 +32,12 @@ from dita.anatomy import Anatomy
 from dita.caching.engine import Recipe
 from dita.caching.foreground import Profiler
 from dita.caching.policy import Policy, Verdict, View
-from dita.caching.table import CalibratedMethod, Measurement, Table, measure, table_for
+from dita.caching.table import CalibratedMethod, Measurement, measure
 from dita.config import check_number, check_whole
 from dita.errors import DitaError
 from dita.registry import register
 from dita.seams import Site
+from dita.table import Table, table_for
 
 _REUSE = ("background", "foreground", "split", "alternate")
 _NEVER = 1e30  # share of a block without self-attention

@@ -33,12 +33,13 @@ import torch
 from dita.anatomy import Anatomy
 from dita.caching.engine import Recipe
 from dita.caching.policy import Periodic, Verdict, View
-from dita.caching.table import CalibratedMethod, Measurement, Recorder, Table, TablePolicy, measure, table_for
+from dita.caching.table import CalibratedMethod, Measurement, Recorder, TablePolicy, measure
 from dita.config import check_number, check_whole
 from dita.errors import DitaError
 from dita.grid import channel_axis
 from dita.registry import register
 from dita.seams import Position
+from dita.table import Table, table_for
 
 _SCALES = ("least-squares", "ratio", "published", "none")
 

@@ -24,10 +24,11 @@ import torch
 from dita.anatomy import Anatomy
 from dita.caching.engine import Recipe
 from dita.caching.policy import Verdict, View, relative_l1
-from dita.caching.table import CalibratedMethod, Measurement, Recorder, Table, TablePolicy, measure, table_for
+from dita.caching.table import CalibratedMethod, Measurement, Recorder, TablePolicy, measure
 from dita.config import check_number, check_whole
 from dita.registry import register
 from dita.seams import Features, Site
+from dita.table import Table, table_for
 
 _LAGS = 5
 

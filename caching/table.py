@@ -1,10 +1,8 @@
-"""Tables of measured numbers: one format for all methods that calibrate, and the one run that fills them."""
+"""Caching methods that calibrate, and the one run that measures their numbers."""
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -12,110 +10,12 @@ from dita.anatomy import Anatomy
 from dita.caching.base import CachingMethod
 from dita.caching.engine import Recipe
 from dita.caching.policy import Policy, Verdict, View
-from dita.errors import DitaError, DitaWarning
+from dita.errors import DitaError
 from dita.fingerprint import fingerprint
 from dita.seams import Position, Site
+from dita.table import Table, frozen
 
 T = TypeVar("T", bound="Table")
-
-
-@dataclass(frozen=True)
-class Table:
-    """Numbers that one run measured, and the conditions they belong to.
-
-    Attributes:
-        values: name -> numbers, nested tuples of numbers, or mappings of those; what they mean is the method's matter.
-        model: fingerprint of the transformer; "" fits any (published tables).
-        scheduler: fingerprint of the scheduler; "" fits any.
-        shape: shape of the transformer's first input without the batch; () fits any.
-        steps: solver steps of the full schedule; 0 fits any.
-    """
-
-    values: Mapping[str, Any]
-    model: str = ""
-    scheduler: str = ""
-    shape: tuple[int, ...] = ()
-    steps: int = 0
-
-    noun: ClassVar[str] = "calibration"
-    """What the numbers are, for messages."""
-
-    def __hash__(self) -> int:
-        return hash(json.dumps(self.to_dict(), sort_keys=True))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "values": _plain(self.values),
-            "model": self.model,
-            "scheduler": self.scheduler,
-            "shape": list(self.shape),
-            "steps": self.steps,
-        }
-
-    @classmethod
-    def from_dict(cls: type[T], data: Any) -> T:
-        """Read what `to_dict` wrote.
-
-        Raises:
-            DitaError: not such a table.
-        """
-        try:
-            values = {str(name): _frozen(value) for name, value in data["values"].items()}
-            return cls(values, data["model"], data["scheduler"], tuple(data["shape"]), int(data["steps"]))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise DitaError(f"not a table of {cls.noun} ({error!r}); dita.calibrate writes one") from None
-
-    def differences(self, view: View) -> list[str]:
-        """In what the run at hand differs from the one that was measured, in words."""
-        found, shape = [], tuple(view.shapes[0][1:]) if view.shapes else ()
-        if self.steps and self.steps != view.position.schedule_length:
-            found.append(f"{self.steps} steps (now {view.position.schedule_length}; read at the nearest step)")
-        if self.shape and self.shape != shape:
-            found.append(f"an input of {self.shape} (now {shape})")
-        if self.scheduler and self.scheduler != view.scheduler:
-            found.append(f"{self.scheduler} (now {view.scheduler})")
-        return found
-
-    def check(self, view: View) -> None:
-        """Warn if the run at hand differs from the one that was measured."""
-        found = self.differences(view)
-        if found:
-            text = f"the {self.noun} was measured with {', '.join(found)}; calibrate again for best quality"
-            warnings.warn(text, DitaWarning, stacklevel=3)
-
-    def nearest(self, numbers: Sequence[Any], position: Position) -> Any:
-        """The entry of a list with one number per step: the step's own, or the nearest if the step counts differ."""
-        return numbers[nearest_index(len(numbers), position)]
-
-
-def nearest_index(length: int, position: Position) -> int:
-    """Map a step of a run onto a list with an entry per step of another.
-
-    Example:
-        >>> nearest_index(5, Position(8, 9, 0, "all", 8, 9, 8))
-        4
-    """
-    if length == position.schedule_length or position.schedule_length < 2:
-        return min(position.index, length - 1)
-    return round(position.index * (length - 1) / (position.schedule_length - 1))
-
-
-def table_for(method: str, table: T | None, anatomy: Anatomy) -> T:
-    """The table, if it is there and belongs to this model.
-
-    Raises:
-        DitaError: there is none, or it was measured on another model.
-    """
-    if table is None:
-        raise DitaError(
-            f"{method} has no numbers for {anatomy.name}: measure them with one run, "
-            f'{method.replace("-", "_")} = dita.calibrate(pipe, "{method}", lambda p: p(...), save="{method}.json")'
-        )
-    model = fingerprint(anatomy.model)
-    if table.model and table.model != model:
-        raise DitaError(f"this {table.noun} was measured on {table.model}, not on {model}: calibrate again")
-    return table
 
 
 def stream_key(position: Position) -> str:
@@ -137,7 +37,7 @@ class Measurement:
         from dita.session import transformers_of
 
         model = next(iter(transformers_of(pipe).values()))
-        return kind(_frozen(values), fingerprint(model), self.scheduler, self.shape, self.steps)
+        return kind(frozen(values), fingerprint(model), self.scheduler, self.shape, self.steps)
 
 
 class Recorder(Policy):
@@ -246,19 +146,3 @@ def measure(pipe: Any, call: Callable[[Any], Any], build: Callable[[Anatomy, Mea
     if not calibration.sink.steps:
         raise DitaError("the calibration call ran no sampling loop: it must run the pipeline once")
     return calibration.sink
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(name): _plain(entry) for name, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
-
-
-def _frozen(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(name): _frozen(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return tuple(_frozen(entry) for entry in value)
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(f"{value!r} is no number")
-    return value

@@ -31,19 +31,11 @@ from dita.anatomy import Anatomy
 from dita.caching.engine import Recipe
 from dita.caching.policy import Guards, Verdict, View, relative_l1
 from dita.caching.storage import bytes_of
-from dita.caching.table import (
-    CalibratedMethod,
-    Measurement,
-    Recorder,
-    Table,
-    TablePolicy,
-    measure,
-    stream_key,
-    table_for,
-)
+from dita.caching.table import CalibratedMethod, Measurement, Recorder, TablePolicy, measure, stream_key
 from dita.config import check_number
 from dita.registry import register
 from dita.seams import Features, Site
+from dita.table import Table, table_for
 
 _DEGREE = 4
 _PUBLISHED = {

@@ -1,14 +1,17 @@
-"""The base class of methods on the sampling loop."""
+"""The base classes of methods on the sampling loop, and watching a loop for calibration."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from dita.anatomy import Anatomy
 from dita.config import Method
 from dita.loop import Loop
 from dita.seams import Handler
+from dita.table import Table
 
 
 @dataclass(frozen=True)
@@ -30,3 +33,56 @@ class SamplingMethod(Method):
     def make(self, anatomies: tuple[Anatomy, ...], pipe: Any) -> Loop:
         """Build the object that does the work; see `Method.loop`."""
         raise NotImplementedError(f"{type(self).__name__} must define make()")
+
+
+class CalibratedSampling(SamplingMethod):
+    """A method on the loop whose setting `table` is measured on the user's pipeline.
+
+    Class attributes are those of `dita.caching.table.CalibratedMethod`.
+    """
+
+    needs_calibration: ClassVar[bool] = True
+    table_kind: ClassVar[type[Table]] = Table
+    bound: ClassVar[bool] = True
+    shaping: ClassVar[tuple[str, ...] | None] = None
+    trained: ClassVar[bool] = False
+
+    @classmethod
+    def decode(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Rebuild the table from JSON."""
+        values = super().decode(values)
+        if values.get("table") is not None:
+            values["table"] = cls.table_kind.from_dict(values["table"])
+        return values
+
+
+@dataclass(frozen=True)
+class _Watching(SamplingMethod):
+    watcher: Loop = field(default_factory=Loop, compare=False)
+
+    name: ClassVar[str] = "calibration"
+
+    def loop(self, anatomies: tuple[Anatomy, ...], pipe: Any = None) -> Loop:
+        return self.watcher
+
+    @classmethod
+    def disabled(cls) -> _Watching:
+        return cls()
+
+
+@contextlib.contextmanager
+def watched(pipe: Any, watcher: Loop) -> Iterator[Any]:
+    """Let an object take part in the pipeline's loop for a while, for measuring; then put back what was attached.
+
+    Args:
+        pipe: the pipeline, accelerated or not.
+        watcher: a `Loop`, which may also change what happens.
+
+    Example:
+        >>> with watched(pipe, watcher):  # doctest: +SKIP
+        ...     call(pipe)
+    """
+    from dita.session import accelerated
+
+    with accelerated(pipe, _Watching(watcher)):
+        yield pipe

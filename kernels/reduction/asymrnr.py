@@ -31,7 +31,7 @@ import torch
 
 from dita.anatomy import Anatomy
 from dita.attention_view import Attended
-from dita.caching.table import Measurement, Table, table_for
+from dita.caching.table import Measurement
 from dita.config import Method, check_number, check_whole
 from dita.errors import DitaError
 from dita.kernels.reduction.base import CLAIM
@@ -41,6 +41,7 @@ from dita.kernels.sparse.handler import SparseHandler
 from dita.kernels.sparse.policy import Asked, Policy
 from dita.registry import register
 from dita.seams import Call, Handler, Site
+from dita.table import Table, table_for
 
 TIERS = 10
 

@@ -30,7 +30,6 @@ import torch
 
 from dita.anatomy import Anatomy
 from dita.attention_view import Attended
-from dita.caching.table import Table, table_for
 from dita.config import check_number, check_whole
 from dita.errors import DitaError
 from dita.fingerprint import fingerprint
@@ -44,6 +43,7 @@ from dita.kernels.sparse.policy import Asked, Policy
 from dita.kernels.sparse.vorta_routing import Route, by_router, by_table, range_key
 from dita.registry import register
 from dita.seams import Handler, Site
+from dita.table import Table, table_for
 
 Grid = tuple[int, int, int]
 WINDOW: Grid = (2, 3, 2)

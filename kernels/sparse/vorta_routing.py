@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from dita.caching.table import Table
 from dita.errors import DitaError
 from dita.kernels.sparse.policy import Asked
+from dita.table import Table
 
 Route = Callable[[Asked], Sequence[int]]
 """Says which branch each head of a layer takes: 0 dense, 1 coreset, 2 sliding tiles."""
