@@ -78,7 +78,8 @@ def _seams(anatomy: Anatomy) -> dict[str, tuple[bool, str]]:
 def _answer(method: Method, anatomies: list[Anatomy], pipe: Any) -> tuple[bool, str]:
     try:
         sites = sum(len(method.sites(anatomy)) for anatomy in anatomies)
-        loop = method.loop(tuple(anatomies), pipe)
+        # What is calibrated has no numbers yet to be attached with; its disabled setting needs none.
+        loop = (type(method).disabled() if method.needs_calibration else method).loop(tuple(anatomies), pipe)
     except DitaError as error:
         return False, str(error)
     note = "; needs one calibration run" if method.needs_calibration else ""

@@ -8,17 +8,53 @@ from typing import Any
 import torch
 from pipelines import TINY
 
+import dita
 from dita import registry
 from dita.caching.base import CachingMethod
 from dita.config import Method
+from dita.schedulers.base import SamplingMethod
 
 METHODS = registry.names()
 CACHING = tuple(name for name in METHODS if issubclass(registry.get(name), CachingMethod))
-INSIDE = tuple(name for name in METHODS if name not in CACHING)
+SAMPLING = tuple(name for name in METHODS if issubclass(registry.get(name), SamplingMethod))
+"""Methods on the sampling loop."""
+INSIDE = tuple(name for name in METHODS if name not in (*CACHING, *SAMPLING))
 """Methods inside a layer, which share one handler and keep little from step to step."""
 THREE = ("dit", "flux", "wan")
-ON_THREE = [(m, t) for m in CACHING for t in THREE] + [(m, THREE[i % 3]) for i, m in enumerate(INSIDE)]
-"""Caching methods on all three pipelines, the others on each in turn."""
+GUIDED = tuple(name for name, tiny in TINY.items() if tiny.branches > 1 or tiny.batched_cfg)
+
+
+@functools.cache
+def _built(tiny: str) -> Any:
+    return TINY[tiny].build()
+
+
+@functools.cache
+def suitable(name: str) -> tuple[str, ...]:
+    """The tiny pipelines on which a method on the sampling loop has something to do."""
+    cls = registry.get(name)
+    among = GUIDED if "guidance" in cls.claims else tuple(TINY)
+    return tuple(tiny for tiny in among if dita.supports(_built(tiny), cls.forced()))
+
+
+def of_three(name: str) -> tuple[str, ...]:
+    """One or two pipelines for such a method, of the three if possible, with batched and with sequential guidance."""
+    fit = suitable(name)
+    first = [tiny for tiny in THREE if tiny in fit] or list(fit)
+    return tuple(dict.fromkeys((first[0], first[-1])))
+
+
+ON_THREE = [
+    *((m, t) for m in CACHING for t in THREE),
+    *((m, THREE[i % 3]) for i, m in enumerate(INSIDE)),
+    *((m, t) for m in SAMPLING for t in of_three(m)),
+]
+"""Caching methods on all three pipelines, the others on some."""
+IN_TURN = [
+    *((m, THREE[i % 3]) for i, m in enumerate((*CACHING, *INSIDE))),
+    *((m, of_three(m)[i % len(of_three(m))]) for i, m in enumerate(SAMPLING)),
+]
+"""Each method on one pipeline."""
 HANDLERS = ("adaspa", "asymrnr", "sada-token", "sage", "tome")
 """One method inside a layer for each way of attaching there."""
 
