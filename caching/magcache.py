@@ -108,7 +108,7 @@ class MagCache(CalibratedMethod):
     arxiv: ClassVar[str] = "2506.09045"
     axes: ClassVar[str] = "image residual of the trunk; accumulated magnitude error from a table; reuse"
     seams: ClassVar[frozenset[str]] = frozenset({"block"})
-    table_kind: ClassVar[type[Table]] = MagnitudeTable
+    table_kind: ClassVar[type[Table] | None] = MagnitudeTable
     schema: ClassVar[int] = 2
     shaping: ClassVar[tuple[str, ...]] = ()
     citation: ClassVar[str] = """@inproceedings{ma2025magcache,

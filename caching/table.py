@@ -90,7 +90,7 @@ class CalibratedMethod(CachingMethod):
     """
 
     needs_calibration: ClassVar[bool] = True
-    table_kind: ClassVar[type[Table]] = Table
+    table_kind: ClassVar[type[Table] | None] = Table
     bound: ClassVar[bool] = True
     shaping: ClassVar[tuple[str, ...] | None] = None
     trained: ClassVar[bool] = False
@@ -98,14 +98,6 @@ class CalibratedMethod(CachingMethod):
     def sites(self, anatomy: Anatomy) -> tuple[Site, ...]:
         """The method's sites; asking needs no table yet."""
         return type(self).disabled().handler(anatomy).sites  # pyright: ignore[reportAttributeAccessIssue]
-
-    @classmethod
-    def decode(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Rebuild the table from JSON."""
-        values = super().decode(values)
-        if values.get("table") is not None:
-            values["table"] = cls.table_kind.from_dict(values["table"])
-        return values
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,7 @@ class TeaCache(CalibratedMethod):
     arxiv: ClassVar[str] = "2411.19108"
     axes: ClassVar[str] = "image residual of the trunk; accumulated change of the modulated input, rescaled; reuse"
     seams: ClassVar[frozenset[str]] = frozenset({"block"})
-    table_kind: ClassVar[type[Table]] = Rescaling
+    table_kind: ClassVar[type[Table] | None] = Rescaling
     shaping: ClassVar[tuple[str, ...]] = ()
     citation: ClassVar[str] = """@inproceedings{liu2025teacache,
   title={Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model},

@@ -36,6 +36,7 @@ class Method:
         claims: what only one method of a recipe may do, such as "reuse".
         needs_calibration: the settings hold numbers measured on the user's pipeline.
         schema: version of the settings in JSON.
+        table_kind: the class of a setting named `table`, rebuilt by its `from_dict`; None without such a setting.
     """
 
     name: ClassVar[str] = ""
@@ -48,6 +49,7 @@ class Method:
     claims: ClassVar[frozenset[str]] = frozenset()
     needs_calibration: ClassVar[bool] = False
     schema: ClassVar[int] = 1
+    table_kind: ClassVar[type[Any] | None] = None
 
     def __post_init__(self) -> None:
         self.validate()
@@ -160,10 +162,13 @@ class Method:
     def decode(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Turn JSON values into field values; override for fields that are not plain."""
         kinds = {field.name: field.type for field in dataclasses.fields(cls)}
-        return {
+        values = {
             name: tuple(value) if isinstance(value, list) and str(kinds[name]).startswith("tuple") else value
             for name, value in values.items()
         }
+        if cls.table_kind is not None and values.get("table") is not None:
+            values["table"] = cls.table_kind.from_dict(values["table"])
+        return values
 
 
 def settings(method: Method) -> dict[str, Any]:

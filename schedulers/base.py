@@ -42,18 +42,10 @@ class CalibratedSampling(SamplingMethod):
     """
 
     needs_calibration: ClassVar[bool] = True
-    table_kind: ClassVar[type[Table]] = Table
+    table_kind: ClassVar[type[Table] | None] = Table
     bound: ClassVar[bool] = True
     shaping: ClassVar[tuple[str, ...] | None] = None
     trained: ClassVar[bool] = False
-
-    @classmethod
-    def decode(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Rebuild the table from JSON."""
-        values = super().decode(values)
-        if values.get("table") is not None:
-            values["table"] = cls.table_kind.from_dict(values["table"])
-        return values
 
 
 @dataclass(frozen=True)

@@ -309,6 +309,7 @@ class AsymRnR(Method):
     axes: ClassVar[str] = "q and kv inside attention; tokens nearest a destination dropped; q copied back; tiers"
     claims: ClassVar[frozenset[str]] = frozenset({CLAIM})
     seams: ClassVar[frozenset[str]] = frozenset({"attention"})
+    table_kind: ClassVar[type[Table] | None] = TierTable
     needs_calibration: ClassVar[bool] = True
     shaping: ClassVar[tuple[str, ...]] = ("chunk", "seed")
     citation: ClassVar[str] = """@inproceedings{sun2025asymrnr,
@@ -366,13 +367,11 @@ class AsymRnR(Method):
 
     @classmethod
     def decode(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Rebuild pairs and the table from JSON."""
+        """Rebuild pairs from JSON."""
         values = super().decode(values)
         for name in ("q_tiers", "kv_tiers"):
             if name in values:
                 values[name] = tuple(tuple(pair) for pair in values[name])
-        if values.get("table") is not None:
-            values["table"] = TierTable.from_dict(values["table"])
         return values
 
     @classmethod

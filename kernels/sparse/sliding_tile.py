@@ -142,6 +142,7 @@ class SlidingTile(SparseMethod):
     dense_steps: float = field(default=0.3, kw_only=True)
 
     name: ClassVar[str] = "sliding-tile"
+    table_kind: ClassVar[type[Any] | None] = WindowTable
     title: ClassVar[str] = "Sliding Tile Attention"
     arxiv: ClassVar[str] = "2502.04507"
     axes: ClassVar[str] = "no score; windows of tiles, per head if calibrated; fixed for the run"
@@ -182,14 +183,6 @@ class SlidingTile(SparseMethod):
             )  # fmt: skip
 
         return self.replace(table=search_windows(pipe, call, build, self.parts))
-
-    @classmethod
-    def decode(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Rebuild the table from JSON."""
-        values = super().decode(values)
-        if values.get("table") is not None:
-            values["table"] = WindowTable.from_dict(values["table"])
-        return values
 
     @classmethod
     def forced(cls) -> SlidingTile:

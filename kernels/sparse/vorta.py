@@ -205,6 +205,7 @@ class VORTA(SparseMethod):
     arxiv: ClassVar[str] = "2505.18809"
     axes: ClassVar[str] = "heads routed to dense, coreset or sliding tiles; by calibration or a trained router"
     confidence: ClassVar[str] = "medium"
+    table_kind: ClassVar[type[Table] | None] = Table
     needs_calibration: ClassVar[bool] = True
     citation: ClassVar[str] = """@inproceedings{sun2025vorta,
   title={VORTA: Efficient Video Diffusion via Routing Sparse Attention},
@@ -251,14 +252,6 @@ class VORTA(SparseMethod):
         return replace(
             self, table=Table.from_dict({"values": {**values, "densities": sink["densities"]}, **conditions})
         )
-
-    @classmethod
-    def decode(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Rebuild the table from JSON."""
-        values = super().decode(values)
-        if values.get("table") is not None:
-            values["table"] = Table.from_dict(values["table"])
-        return values
 
     @classmethod
     def forced(cls) -> VORTA:
