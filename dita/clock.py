@@ -61,9 +61,13 @@ class RunClock:
         self._first_step: dict[int, int] = {}
 
     def attach(self) -> None:
-        """Hook the present scheduler's `set_timesteps` and `step`, on this instance only."""
+        """Hook the present scheduler's `set_timesteps`, `step` and what adds noise, on this instance only."""
         self._scheduler = self._scheduler_of()
-        for name, around in (("set_timesteps", self._set_timesteps), ("step", self._step)):
+        hooks = [("set_timesteps", self._set_timesteps), ("step", self._step)]
+        for name in ("scale_noise", "add_noise") if self._loops else ():
+            if hasattr(self._scheduler, name):
+                hooks.append((name, functools.partial(self._add_noise, name)))
+        for name, around in hooks:
             patch = Patch(self._scheduler, name, around)
             patch.apply()
             self._patches.append(patch)
@@ -170,6 +174,16 @@ class RunClock:
 
     def _through(self, loop: Loop, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return loop.timesteps(self._scheduler, original, args, kwargs)
+
+    def _add_noise(self, name: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = original(*args, **kwargs)
+        if self.running and self.done == 0:
+            first = list(inspect.signature(getattr(type(self._scheduler), name)).parameters)[1]
+            clean = args[0] if args else kwargs.get(first)
+            if isinstance(clean, torch.Tensor) and isinstance(result, torch.Tensor):
+                for loop in self._loops:
+                    loop.noised(clean, result)
+        return result
 
     def _step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = self._solve(original, args, kwargs) if self.running and self._loops else original(*args, **kwargs)

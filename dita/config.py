@@ -35,6 +35,7 @@ class Method:
         seams: the seams it attaches at.
         claims: what only one method of a recipe may do, such as "reuse".
         needs_calibration: the settings hold numbers measured on the user's pipeline.
+        saves: it leaves out calls or parts of them; without, it makes a run better, so that fewer steps may do.
         schema: version of the settings in JSON.
         table_kind: the class of a setting named `table`, rebuilt by its `from_dict`; None without such a setting.
     """
@@ -48,6 +49,7 @@ class Method:
     seams: ClassVar[frozenset[str]] = frozenset()
     claims: ClassVar[frozenset[str]] = frozenset()
     needs_calibration: ClassVar[bool] = False
+    saves: ClassVar[bool] = True
     schema: ClassVar[int] = 1
     table_kind: ClassVar[type[Any] | None] = None
 

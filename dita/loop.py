@@ -105,6 +105,10 @@ class Request:
         apart: branches have to be run one by one, for some method keeps features of each.
         reason: why it is run, for the report.
         remark: tells the report why the run is left alone.
+        entries: where equal parts of a branch's batch stand in the scheduler's list of timesteps, one number a part;
+            () where all samples stand at the position. Some method put samples of several runs into one batch.
+        clean: with `entries`, the latents of the input images of those samples, in the layout of `latents`; None where
+            they began from noise.
     """
 
     position: Position
@@ -119,6 +123,8 @@ class Request:
     apart: bool = False
     reason: str = ""
     remark: Callable[[str], None] = field(default=lambda text: None, repr=False)
+    entries: tuple[int, ...] = ()
+    clean: torch.Tensor | None = field(default=None, repr=False)
 
     def get(self, name: str) -> Any:
         """The argument of that name, None if it was not given."""
@@ -172,12 +178,24 @@ class Request:
         """The call of one branch alone: every argument whose first axis is the batch, cut to its rows."""
         if len(self.roles) == 1:
             return self
-        rows, size, place = self.latents.shape[0], self.batch, self.roles.index(role)
+        size, place = self.batch, self.roles.index(role)
+        own = self._batched(lambda value: value[place * size : (place + 1) * size])
+        return replace(own, position=replace(self.position, branch=role), roles=(role,))
+
+    def taken(self, rows: Sequence[int]) -> Self:
+        """The call on other rows of its batch, which may come several times: `rows` count over all branches.
+
+        Every argument whose first axis is the batch is gathered.
+        """
+        return self._batched(lambda value: value[torch.tensor(rows, device=value.device)])
+
+    def _batched(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        rows = self.latents.shape[0]
 
         def cut(name: str, value: Any) -> Any:
             if isinstance(value, torch.Tensor):
                 batched = value.ndim and value.shape[0] == rows and not any(word in name for word in _NOT_BATCHED)
-                return value[place * size : (place + 1) * size] if batched else value
+                return change(value) if batched else value
             if isinstance(value, dict):
                 return {key: cut(key, v) for key, v in value.items()}
             if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
@@ -187,7 +205,7 @@ class Request:
         names = (*self.parameters, *("" for _ in self.args))
         args = tuple(cut(name, value) for name, value in zip(names, self.args, strict=False))
         kwargs = {name: cut(name, value) for name, value in self.kwargs.items()}
-        return replace(self, position=replace(self.position, branch=role), roles=(role,), args=args, kwargs=kwargs)
+        return replace(self, args=args, kwargs=kwargs)
 
     def leave_out(self, reason: str) -> None:
         """Tell the report that this call was not carried out."""
@@ -272,6 +290,14 @@ class Loop:
     def timesteps(self, scheduler: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]):
         """Answer `scheduler.set_timesteps(*args, **kwargs)`; `original` is the scheduler's own."""
         return original(*args, **kwargs)
+
+    def noised(self, clean: torch.Tensor, result: torch.Tensor) -> None:
+        """The scheduler added noise to an input, before the first step: an image-to-image run begins.
+
+        Args:
+            clean: the latents of the input, as the pipeline has them before it packs them.
+            result: of the same shape, with noise.
+        """
 
     def model(self, request: Request, run: Runner) -> Any:
         """Answer a call of a transformer: run it, run it changed, run parts of it, or return something in its place.

@@ -162,7 +162,8 @@ class ModelRuntime:
             return self._one(position, ("all",), "", original, args, kwargs)
 
         def run(request: Request) -> Any:
-            return self._one(request.position, request.roles, request.reason, original, request.args, request.kwargs)
+            position, roles, reason = request.position, request.roles, request.reason
+            return self._one(position, roles, reason, original, request.args, request.kwargs, request.scale)
 
         for loop in reversed(self.loops):
             run = functools.partial(loop.model, run=run)
@@ -199,12 +200,13 @@ class ModelRuntime:
         original: Original,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        scale: float | None = None,
     ) -> Any:
         """Run one call, of one branch or all of them batched, through the handlers' sites."""
         self._ran = (self.clock.run, position.step)
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
         call = self._describe(position, args, kwargs, tensors)
-        call.reason = reason
+        call.reason, call.scale = reason, scale
         timer = Timer(tensors[0].device if tensors else torch.device("cpu"))
         self._call = call
         self._occurrences.clear()
@@ -235,7 +237,7 @@ class ModelRuntime:
         shapes = tuple(t.shape for t in tensors)
         if shapes not in self._grids:
             self._grids[shapes] = token_grid(self.anatomy.model, arguments, latents)
-        return Call(position, shapes, self.clock.scheduler_fingerprint, self._grids[shapes], latents)
+        return Call(position, shapes, self.clock.scheduler_fingerprint, self._grids[shapes], latents, arguments)
 
     def _plain(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call that belongs to no step of this pipeline: untouched, and remembered nowhere."""
@@ -322,7 +324,12 @@ class ModelRuntime:
             self._call = call
 
     def _around_module(self, part: ModulePart) -> Any:
-        handler = next(h for h in self.handlers if part.site in h.sites)
+        handler, *others = (h for h in self.handlers if part.site in h.sites)
+        if others:
+            raise DitaError(
+                f"two methods act on the output of {part.site.name} of {self.anatomy.name}, of which only one would be "
+                "heard: they exclude each other; choose one"
+            )
         hooked = Hooked(part.site, handler, part)
 
         def around(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

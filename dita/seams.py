@@ -5,9 +5,9 @@ Shapes: B samples (twice the images under batched guidance), N tokens, C channel
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -90,6 +90,8 @@ class Call:
         scheduler: fingerprint of the scheduler.
         grid: frames, rows and columns of image tokens, () where the model does not tell.
         latents: what the transformer denoises, as it was called with it.
+        arguments: everything it was called with, by name; must not be changed.
+        scale: the pipeline's guidance scale, as methods on the sampling loop pass it on; None where there is none.
         action, value, reason: what was done, as in `dita.reporting.StepRecord`.
         note: what the run's report is to say about memory, "" for nothing new.
         density: share of the attention's pairs of tokens that were computed, over the layers that computed any.
@@ -101,6 +103,8 @@ class Call:
     scheduler: str = ""
     grid: tuple[int, ...] = ()
     latents: torch.Tensor | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    scale: float | None = None
     action: str = "computed"
     value: float | None = None
     reason: str = ""

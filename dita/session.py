@@ -44,7 +44,7 @@ class Session:
             )
             for number, (name, anatomy) in enumerate(anatomies.items())
         ]
-        self._disabled = all(m == type(m).disabled() for m in methods)
+        self._idle = all(not m.saves or m == type(m).disabled() for m in methods)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         return self  # a copied pipeline is a plain one: its hooks know that they were copied
@@ -84,7 +84,7 @@ class Session:
     def _run_finished(self) -> None:
         run = self._current()
         run.steps, run.finished = self.clock.steps, True
-        run.warn_if_idle(self._disabled)
+        run.warn_if_idle(self._idle)
 
     def _stepped(self, model: int, position: Position, latents: torch.Tensor) -> torch.Tensor:
         return self.runtimes[model].stepped(position, latents)

@@ -54,7 +54,7 @@ def test_forced_skips_and_restores(method: str, tiny: str) -> None:
     output = TINY[tiny].call(pipe)
     run = dita.report(pipe).last
     assert run.finished and len(run.records) > 0
-    if getattr(config, "saves", True):
+    if config.saves:
         assert run.steps <= 8 and 0 < run.reused < len(run.records)
     assert all(record.reason for record in run.records)
     assert run.peak_cache_bytes > 0 or method not in CACHING
