@@ -138,10 +138,15 @@ def test_arguments_by_name_and_place() -> None:
     anatomy = dita.anatomy.describe(TINY["dit"].build().transformer)
     x = torch.zeros(4, 3)
     mapping = {"mask": torch.ones(4), "ids": torch.ones(4, 2), "other": torch.ones(3)}
+    position = dita.seams.Position(0, 1, 0, "call 0", 0, 1, 0)
     request = Request(
-        position=dita.seams.Position(0, 1, 0, "call 0", 0, 1, 0), roles=("uncond", "cond"), parameters=("hidden_states", "timestep", "extra"),
-        args=(x, torch.arange(4)), kwargs={"extra": mapping, "image_rotary_emb": (torch.ones(4, 2),)}, anatomy=anatomy,
-    )  # fmt: skip
+        position,
+        ("uncond", "cond"),
+        ("hidden_states", "timestep", "extra"),
+        (x, torch.arange(4)),
+        {"extra": mapping, "image_rotary_emb": (torch.ones(4, 2),)},
+        anatomy,
+    )
     assert request.get("timestep").tolist() == [0, 1, 2, 3] and request.get("missing") is None
     part = request.part("cond")
     assert part.get("timestep").tolist() == [2, 3] and part.position.branch == "cond"
