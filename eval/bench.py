@@ -141,7 +141,7 @@ class Bench:
         if config is None or not config.needs_calibration or getattr(config, "table", None) is not None:
             return setting, None
         shaping: tuple[str, ...] | None = getattr(config, "shaping", None)
-        shape = (setting.method, *(getattr(config, name) for name in shaping or ()))
+        shape = (setting.method, setting.steps, *(getattr(config, name) for name in shaping or ()))
         if shaping is not None and shape in self._tables:
             table, taken = self._tables[shape]  # the seconds are what this setting alone would have taken
             return replace(setting, config=config.replace(table=table)), taken  # pyright: ignore
@@ -151,7 +151,7 @@ class Bench:
         def run(pipe: Any) -> None:
             # What is trained seeds torch anew for every run and wants another sample each time.
             index = int(torch.randint(_TRAINING, (1,))) if trained else 0
-            draw(pipe, other, range(index, index + 1))
+            draw(pipe, other, range(index, index + 1), setting.steps)
 
         kept = []
         taken = timed(lambda: kept.append(config.calibrated(self.pipe, run)), self.device)
@@ -172,7 +172,7 @@ class Bench:
             with dita.accelerated(self.pipe, *(config.parts if isinstance(config, Composition) else (config,))):
                 yield
                 run = dita.report(self.pipe).last
-            cost.computed.append(run.computed_fraction)
+            cost.computed.append(run.computed_fraction * run.steps / self.sampling.steps)
             if run.density < 1:
                 cost.density.append(run.density)
             cost.cache_bytes.append(run.peak_cache_bytes)

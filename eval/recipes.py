@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def read_recipes(path: str | Path) -> dict[str, Any]:
           - taylorseer: {interval: [3, 4, 5], order: [1, 2]}   # a grid of six
           - cache-dit dbcache: {threshold: 0.2}
           - adaspa + taylorseer: {adaspa: {density: [0.2, 0.3]}, taylorseer: {interval: 3}}   # both at once
+          - fewer steps + dualfast: {fewer steps: [10, 20]}    # a method on shorter runs than the plain one
 
     Args:
         path: of the file.
@@ -74,11 +76,7 @@ def expand(recipes: list[Any], steps: int) -> list[Setting]:
         if not isinstance(name, str):
             raise DitaError(f"recipe {recipe!r} is neither a name nor one name with its settings")
         if name == FEWER_STEPS and given is not None:
-            counts = given if isinstance(given, list) else [given]
-            wrong = [count for count in counts if not isinstance(count, int) or not 1 <= count < steps]
-            if wrong:
-                raise DitaError(f"fewer steps has {wrong}; expected whole numbers from 1 to {steps - 1}")
-            settings += [Setting(name, f"{count} steps", count) for count in counts]
+            settings += [Setting(name, f"{count} steps", count) for count in _counts(given, steps)]
         elif JOINT in name:
             settings += _compositions(name, given or {}, steps)
         elif given is None:
@@ -95,11 +93,27 @@ def _compositions(name: str, given: Any, steps: int) -> list[Setting]:
     names = name.split(JOINT)
     if not isinstance(given, Mapping) or set(given) - set(names):
         raise DitaError(f"settings of {name} are {given!r}; expected a mapping of {', '.join(names)} to theirs")
+    if FEWER_STEPS in names:
+        rest = JOINT.join(part for part in names if part != FEWER_STEPS)
+        others = {part: value for part, value in given.items() if part != FEWER_STEPS}
+        shorter = []
+        for count in _counts(given.get(FEWER_STEPS), steps):
+            alone = _compositions(rest, others, count) if JOINT in rest else _grid(rest, others.get(rest, {}), count)
+            shorter += [replace(own, method=name, label=f"{count} steps, {own.label}") for own in alone]
+        return shorter
     parts = [[setting.config for setting in _grid(part, given.get(part, {}), steps)] for part in names]
     if not all(isinstance(config, Method) for configs in parts for config in configs):
         raise DitaError(f"{name} names other projects' accelerators; only methods of dita can be composed")
     compositions = [Composition(chosen) for chosen in product(*parts)]  # pyright: ignore[reportArgumentType]
     return [Setting(name, composition.label(), steps, composition) for composition in compositions]
+
+
+def _counts(given: Any, steps: int) -> list[int]:
+    counts = given if isinstance(given, list) else [given]
+    wrong = [count for count in counts if not isinstance(count, int) or not 1 <= count < steps]
+    if wrong:
+        raise DitaError(f"fewer steps has {wrong}; expected whole numbers from 1 to {steps - 1}")
+    return counts
 
 
 def _grid(name: str, given: Any, steps: int) -> list[Setting]:

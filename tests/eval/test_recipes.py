@@ -46,10 +46,25 @@ def test_recipes_compose_methods():
     for recipe, match in [
         ({"adaspa + taylorseer": {"density": 0.3}}, "expected a mapping of adaspa, taylorseer"),
         ("adaspa + nothing", "unknown method nothing"),
-        ("adaspa + fewer steps", "unknown method fewer steps"),
+        ("adaspa + fewer steps", "expected whole numbers from 1 to 27"),
     ]:
         with pytest.raises(DitaError, match=match):
             expand([recipe], 28)
+
+
+def test_methods_on_shorter_runs():
+    given = {"fewer steps": [7, 14], "fbcache": {"threshold": [0.1, 0.2]}}
+    settings = expand([{"fewer steps + fbcache": given}, {"fewer steps + adaspa + fbcache": {"fewer steps": 9}}], 28)[
+        1:
+    ]
+    assert [(s.steps, s.label) for s in settings] == [
+        (7, "7 steps, threshold=0.1"),
+        (7, "7 steps, threshold=0.2"),
+        (14, "14 steps, threshold=0.1"),
+        (14, "14 steps, threshold=0.2"),
+        (9, "9 steps, adaspa default, fbcache default"),
+    ]
+    assert isinstance(settings[-1].config, Composition) and {s.origin for s in settings} == {"dita"}
 
 
 def test_a_bare_name_is_the_methods_own_ladder():
