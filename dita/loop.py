@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +109,10 @@ class Request:
             () where all samples stand at the position. Some method put samples of several runs into one batch.
         clean: with `entries`, the latents of the input images of those samples, in the layout of `latents`; None where
             they began from noise.
+        tokens: how many image tokens a sample has in this call, and how many at full resolution; None if it has all.
+        grid: frames, rows and columns in which those tokens lie, () if in none; None to read it off the arguments.
+        each: arguments that have no batch and yet differ from sample to sample, one mapping a sample of a branch: the
+            samples then run one by one.
     """
 
     position: Position
@@ -125,6 +129,9 @@ class Request:
     remark: Callable[[str], None] = field(default=lambda text: None, repr=False)
     entries: tuple[int, ...] = ()
     clean: torch.Tensor | None = field(default=None, repr=False)
+    tokens: tuple[int, int] | None = None
+    grid: tuple[int, ...] | None = None
+    each: tuple[Mapping[str, Any], ...] = ()
 
     def get(self, name: str) -> Any:
         """The argument of that name, None if it was not given."""
@@ -234,6 +241,26 @@ class Request:
 
 Runner = Callable[[Request], Any]
 """Carries a request out and returns what the transformer returned."""
+
+
+def one_by_one(request: Request, run: Runner) -> Any:
+    """Run the samples of a request one by one, each with arguments of its own (`Request.each`), and join the results.
+
+    Each has a branch of its own, so that what methods keep of one sample never serves another.
+    """
+    size, branches = request.batch, len(request.roles)
+    branch = "all" if request.position.branch.startswith("call ") else request.position.branch
+    results = []
+    for sample, own in enumerate(request.each):
+        part = request.taken([sample + place * size for place in range(branches)]).changed(**own)
+        position = replace(request.position, branch=f"{branch}[{sample}]")
+        results.append(run(replace(part, each=(), position=position)))
+    columns = zip(*(tensors_of(result) for result in results), strict=True)
+    joined = tuple(
+        None if column[0] is None else torch.stack([t for t in column if t is not None], dim=1).flatten(0, 1)
+        for column in columns
+    )
+    return flatten(results[0])[1](joined)
 
 
 def tensors_of(result: Any) -> tuple[torch.Tensor | None, ...]:

@@ -84,16 +84,22 @@ def run_to_attention(block: Block, forward: Original, args: tuple[Any, ...], kwa
 
 
 def record_of(position: Position, call: Call, model: str) -> StepRecord:
-    """What the report keeps of a call; one that ran in full but for its attention counts as sparse."""
+    """What the report keeps of a call: sparse if in full but for its attention, partial on fewer tokens."""
     action, reason = call.action, call.reason
     if action == "computed" and call.density < 1:
         action = "sparse"
     if call.sparsely:
         reason = f"{reason}; {call.sparsely}" if reason else call.sparsely
     value = call.density if action == "sparse" and call.value is None else call.value
+    tokens = 1.0
+    if call.tokens is not None and call.tokens[0] < call.tokens[1]:
+        tokens = call.tokens[0] / call.tokens[1]
+        action = "partial" if action in ("computed", "sparse", "low-bit") else action
+        reason = f"{call.tokens[0]} of {call.tokens[1]} tokens; {reason}"
     return StepRecord(
-        position.step, position.stage, position.branch, action, value, reason, model, density=call.density
-    )
+        position.step, position.stage, position.branch, action, value, reason, model,
+        density=call.density, tokens=tokens,
+    )  # fmt: skip
 
 
 def left_out(position: Position, role: str, reason: str, model: str) -> tuple[StepRecord, Timer]:

@@ -47,14 +47,15 @@ class StepRecord:
         step, stage: solver step from 0, and the model evaluation within it (1 is Heun's second).
         branch: "all", "cond", "uncond" or the pipeline's own name.
         action: "computed", "reused" (the last value stands in), "forecast" (a weighted sum of past values does),
-            "partial" (some sites ran), "sparse" (all ran, with a part of the attention), "low-bit" (all ran, with
-            attention in fewer bits) or "skipped" (the transformer was not called: a guidance branch or a whole step
-            was left out).
+            "partial" (some sites ran, or all of them on fewer tokens), "sparse" (all ran, with a part of the
+            attention), "low-bit" (all ran, with attention in fewer bits) or "skipped" (the transformer was not called:
+            a guidance branch or a whole step was left out).
         value: the indicator behind the decision, None where a fixed schedule decided.
         reason: the decision in words.
         model: the pipeline's attribute holding the transformer.
         seconds: time of the call.
         density: share of the attention's pairs of tokens that were computed, over the layers that computed any.
+        tokens: share of the image tokens that the call had, of those at full resolution.
     """
 
     step: int
@@ -66,6 +67,7 @@ class StepRecord:
     model: str = "transformer"
     seconds: float = 0.0
     density: float = 1.0
+    tokens: float = 1.0
 
 
 @dataclass(repr=False)
@@ -193,16 +195,20 @@ class RunReport:
 
     def _headline(self) -> str:
         state = "" if self.finished else ", not finished"
-        times: dict[str, list[float]] = {"computed": [], "sparse": [], "low-bit": [], "skipped": []}
+        times: dict[str, list[float]] = {"computed": [], "sparse": [], "low-bit": [], "fewer tokens": [], "skipped": []}
+        fewer = [record for record in self.records if record.action == "partial" and record.tokens < 1]
         for record in self.records:
-            times[record.action if record.action in times else "skipped"].append(record.seconds)
+            kind = "fewer tokens" if record.action == "partial" and record.tokens < 1 else record.action
+            times[kind if kind in times else "skipped"].append(record.seconds)
         means = ", ".join(f"{kind} {1000 * sum(v) / len(v):.1f} ms" for kind, v in times.items() if v)
         sparse, low = (sum(record.action == kind for record in self.records) for kind in ("sparse", "low-bit"))
         thinned = f"{sparse} sparse (mean density {self.density:.2f}), " if sparse else ""
         thinned += f"{low} low-bit, " if low else ""
+        if fewer:
+            thinned += f"{len(fewer)} on fewer tokens (mean {sum(r.tokens for r in fewer) / len(fewer):.0%}), "
         return (
             f"{', '.join(self.methods)}: {self.steps} steps{state}, "
-            f"{self.reused - sparse - low} of {len(self.records)} transformer calls skipped, {thinned}"
+            f"{self.reused - sparse - low - len(fewer)} of {len(self.records)} transformer calls skipped, {thinned}"
             f"{self.peak_cache_bytes / 2**20:.2f} MiB kept; mean call: {means or 'none'}"
         )
 
@@ -244,7 +250,7 @@ class Report:
     def __str__(self) -> str:
         head = [f"dita: {', '.join(self.methods)}", *(f"  {line}" for line in self.models)]
         body = [str(self.last)] if self.runs else ["no run yet"]
-        legend = "  # computed   = low-bit   % sparse   ~ forecast   . reused   - skipped"
+        legend = "  # computed   = low-bit   % sparse   + partial   ~ forecast   . reused   - skipped"
         return "\n".join([*head, *body, legend])
 
     __repr__ = __str__

@@ -17,7 +17,7 @@ from dita.clock import RunClock
 from dita.errors import DitaError
 from dita.grid import Grid, token_grid
 from dita.kernels.tokens import gather_tokens
-from dita.loop import Loop, LoopVariables, Request, roles_of
+from dita.loop import Loop, LoopVariables, Request, one_by_one, roles_of
 from dita.passage import Hooked, Original, Timer, first_tensor, flatten, left_out, record_of, run_to_attention
 from dita.patch import Patch
 from dita.reporting import RunReport
@@ -161,10 +161,14 @@ class ModelRuntime:
         if not self.loops:
             return self._one(position, ("all",), "", original, args, kwargs)
 
-        def run(request: Request) -> Any:
+        def carried_out(request: Request) -> Any:
+            if request.each:
+                return one_by_one(request, carried_out)
             position, roles, reason = request.position, request.roles, request.reason
-            return self._one(position, roles, reason, original, request.args, request.kwargs, request.scale)
+            said = {"scale": request.scale, "tokens": request.tokens, "grid": request.grid}
+            return self._one(position, roles, reason, original, request.args, request.kwargs, **said)
 
+        run: Any = carried_out
         for loop in reversed(self.loops):
             run = functools.partial(loop.model, run=run)
         return run(self._request(position, args, kwargs))
@@ -201,12 +205,15 @@ class ModelRuntime:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         scale: float | None = None,
+        tokens: tuple[int, int] | None = None,
+        grid: Grid | None = None,
     ) -> Any:
         """Run one call, of one branch or all of them batched, through the handlers' sites."""
         self._ran = (self.clock.run, position.step)
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
         call = self._describe(position, args, kwargs, tensors)
-        call.reason, call.scale = reason, scale
+        call.reason, call.scale, call.tokens = reason, scale, tokens
+        call.grid = call.grid if grid is None else grid
         timer = Timer(tensors[0].device if tensors else torch.device("cpu"))
         self._call = call
         self._occurrences.clear()

@@ -44,7 +44,7 @@ class Session:
             )
             for number, (name, anatomy) in enumerate(anatomies.items())
         ]
-        self._idle = all(not m.saves or m == type(m).disabled() for m in methods)
+        self._idle = all(not m.saves or m.across_runs or m == type(m).disabled() for m in methods)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         return self  # a copied pipeline is a plain one: its hooks know that they were copied

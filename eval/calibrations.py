@@ -33,20 +33,23 @@ def bundled(folder: str | Path, method: str) -> CalibratedMethod | None:
 
 
 def with_bundled(settings: Sequence[Setting], folder: str | Path) -> list[Setting]:
-    """Put shipped tables into the settings that would train the very same.
+    """Put shipped tables into the settings that would train the very same, and shipped weights into those without any.
 
     Args:
         settings: of a sweep, at the pipeline's own guidance.
         folder: of the pipeline.
 
     Returns:
-        The settings; those with a table need no calibration any more.
+        The settings; those with a table need no calibration any more, and those that need trained weights name them.
     """
     return [_with_table(setting, folder) for setting in settings]
 
 
 def _with_table(setting: Setting, folder: str | Path) -> Setting:
     config: Any = setting.config
+    if getattr(config, "ships_weights", False) and not config.weights:
+        weights = FOLDER / Path(folder).name / f"{setting.method}.safetensors"
+        return replace(setting, config=replace(config, weights=str(weights))) if weights.is_file() else setting
     if not isinstance(config, CalibratedMethod) or not config.trained:
         return setting
     kept: Any = bundled(folder, setting.method)

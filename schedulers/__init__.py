@@ -8,5 +8,6 @@ Importing this package registers them.
 from __future__ import annotations
 
 from dita.schedulers import guidance, resolution, solvers, timesteps
+from dita.schedulers.stream import Stream
 
-__all__ = ["guidance", "resolution", "solvers", "timesteps"]
+__all__ = ["Stream", "guidance", "resolution", "solvers", "timesteps"]

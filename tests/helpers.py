@@ -34,6 +34,8 @@ def suitable(name: str) -> tuple[str, ...]:
     """The tiny pipelines on which a method on the sampling loop has something to do."""
     cls = registry.get(name)
     among = GUIDED if "guidance" in cls.claims else tuple(TINY)
+    if "timesteps" in cls.claims:
+        among = tuple(tiny for tiny in among if tiny != "flux-img2img")  # timesteps are found for whole runs
     return tuple(tiny for tiny in among if dita.supports(_built(tiny), cls.forced()))
 
 
@@ -55,6 +57,8 @@ IN_TURN = [
     *((m, of_three(m)[i % len(of_three(m))]) for i, m in enumerate(SAMPLING)),
 ]
 """Each method on one pipeline."""
+ACROSS_RUNS = tuple(name for name in SAMPLING if registry.get(name).across_runs)
+"""Methods that go on from one run to the next, the first of which is plain: they have tests of their own."""
 HANDLERS = ("adaspa", "asymrnr", "sada-token", "sage", "tome")
 """One method inside a layer for each way of attaching there."""
 

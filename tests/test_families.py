@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    ACROSS_RUNS,
     CACHING,
     INSIDE,
     SAMPLING,
@@ -49,7 +50,7 @@ PAIRS = (
     + [
         (m, fit[(2 * i + k) % len(fit)])
         for i, m in enumerate(SAMPLING)
-        if (fit := [t for t in suitable(m) if t not in THREE])
+        if m not in ACROSS_RUNS and (fit := [t for t in suitable(m) if t not in THREE])
         for k in range(min(3, len(fit)))
     ]
 )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    ACROSS_RUNS,
     CACHING,
     HANDLERS,
     IN_TURN,
@@ -51,6 +52,8 @@ def test_forced_skips_and_restores(method: str, tiny: str) -> None:
     before = snapshot(pipe)
     weights = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
     dita.accelerate_pipeline(pipe, config)
+    if method in ACROSS_RUNS:
+        TINY[tiny].call(pipe, seed=3)
     output = TINY[tiny].call(pipe)
     run = dita.report(pipe).last
     assert run.finished and len(run.records) > 0
@@ -72,10 +75,10 @@ def test_same_seed_same_output_whatever_came_between(method: str, tiny: str) -> 
     pipe = build(method, tiny)
     bound = getattr(registry.get(method), "bound", False)
     first = call(pipe)
-    if getattr(registry.get(method), "across_runs", False):
-        call(pipe, seed=5)
+    if method in ACROSS_RUNS:
+        second = call(pipe)
         dita.accelerate_pipeline(pipe, configured(method, "forced", tiny))
-        assert torch.equal(call(pipe), first), "attached anew"
+        assert torch.equal(call(pipe), first) and torch.equal(call(pipe), second), "attached anew"
         return
     assert torch.equal(call(pipe), first), "twice in a row"
     if method in INSIDE and method not in HANDLERS:
@@ -92,7 +95,7 @@ def test_same_seed_same_output_whatever_came_between(method: str, tiny: str) -> 
         assert torch.equal(call(pipe), first), "after another resolution"
 
 
-@in_turn
+@pytest.mark.parametrize(("method", "tiny"), [pair for pair in IN_TURN if pair[0] not in ACROSS_RUNS])
 def test_exception_in_the_middle_leaves_nothing(method: str, tiny: str) -> None:
     call = TINY[tiny].call
     pipe = build(method, tiny)
@@ -111,13 +114,12 @@ def test_exception_in_the_middle_leaves_nothing(method: str, tiny: str) -> None:
     with pytest.raises(RuntimeError, match="lamp"):
         call(pipe, seed=3)
     vars(pipe.scheduler)["step"] = hooked
-    if not getattr(registry.get(method), "across_runs", False):
-        assert torch.equal(call(pipe), first)
-        assert [run.finished for run in dita.report(pipe).runs] == [True, False, True]
+    assert torch.equal(call(pipe), first)
+    assert [run.finished for run in dita.report(pipe).runs] == [True, False, True]
 
 
 THREADED = [(m, THREE[i % 3]) for i, m in enumerate((*CACHING[::2], *HANDLERS))] + [
-    (m, t) for m, t in IN_TURN if m in SAMPLING and not getattr(registry.get(m), "across_runs", False)
+    (m, t) for m, t in IN_TURN if m in SAMPLING and m not in ACROSS_RUNS
 ]
 
 

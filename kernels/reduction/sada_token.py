@@ -8,13 +8,13 @@ cell and on unstable tokens alone, whose outputs go into what is kept. Which: by
 f_t+2) of the slope f of the latents, the mean over a token's channels; a token of high M does not go the way that the
 last three steps told. Text runs at every step. Tokens take their positions along.
 
-Differs from the paper: skipping whole steps by the mean of M is not part of this method. The slope is that of the
-latents from step to step over the difference of timesteps, which for flow matching with Euler's method is the model's
-velocity after guidance, for which the authors' code has this M, and for other solvers stands in for the gradient. The
-tokens computed are a fixed part, highest M first, where the authors take those of M >= 0 up to a number: else how many
-of an image's tokens are computed would depend on its batch mates. The authors prune in U-Nets, at the highest
-resolution, and switch pruning off for FLUX; their code gives kept tokens the positions of a smaller grid, here they
-have their own.
+Differs from the paper: skipping whole steps by the mean of M is not part of this method, but of `sada`, which may be
+attached with it. The slope is that of the latents from step to step over the difference of timesteps, which for flow
+matching with Euler's method is the model's velocity after guidance, for which the authors' code has this M, and for
+other solvers stands in for the gradient. The tokens computed are a fixed part, highest M first, where the authors take
+those of M >= 0 up to a number: else how many of an image's tokens are computed would depend on its batch mates. The
+authors prune in U-Nets, at the highest resolution, and switch pruning off for FLUX; their code gives kept tokens the
+positions of a smaller grid, here they have their own.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class TokenCache(Handler):
         self._outputs: dict[Any, torch.Tensor] = {}
         self._points: list[tuple[float, torch.Tensor]] = []
         self._latest: torch.Tensor | None = None
-        self._step = -1
+        self._step, self._reached = -1, -1
         self._chosen: dict[tuple[int, ...], torch.Tensor] = {}
         self._density, self._reason = 1.0, ""
 
@@ -157,20 +157,24 @@ class TokenCache(Handler):
         """Forget everything: a run starts."""
         self._outputs.clear()
         self._points.clear()
-        self._latest, self._step = None, -1
+        self._latest, self._step, self._reached = None, -1, -1
 
     def begin_call(self, call: Call) -> None:
         """Note the time at which the latest latents stand."""
         if call.position.step != self._step:
             self._step = call.position.step
             self._chosen.clear()
-            if self._latest is not None:
-                self._points = [*self._points[-3:], (call.position.timestep, self._latest)]
+            latest = self._latest
+            # Steps that skip the transformer are not seen here: what the next call denoises is where they led.
+            if latest is not None and self._reached + 1 != self._step and call.latents is not None:
+                latest = call.latents[: len(latest)].clone()
+            if latest is not None:
+                self._points = [*self._points[-3:], (call.position.timestep, latest)]
         self._density, self._reason = 1.0, "all tokens computed"
 
     def stepped(self, position: Position, latents: torch.Tensor) -> torch.Tensor:
         """Remember where the solver went."""
-        self._latest = latents.clone()
+        self._latest, self._reached = latents.clone(), position.step
         return latents
 
     def _full(self, step: int, steps: int) -> bool:
