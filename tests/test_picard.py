@@ -124,7 +124,8 @@ class ByHand:
 
     def run(self) -> torch.Tensor:
         t, size = 0, self.window
-        x: dict[int, torch.Tensor] = dict.fromkeys(range(size + 1), self.calls[0]["hidden_states"][:1])
+        start: torch.Tensor = self.calls[0]["hidden_states"][:1]
+        x = dict.fromkeys(range(size + 1), start)
         while t < STEPS:
             size = min(self.window, STEPS - t)
             drifts = [self.drift(x[t + j], t + j) for j in range(size)]

@@ -56,12 +56,12 @@ def output_layers(anatomy: Anatomy) -> tuple[ModulePart, ...]:
     return found
 
 
-def class_table(anatomy: Anatomy, block: int) -> torch.Tensor | None:
-    """The embeddings [classes, E] that a block, or else the model, has of its classes; None without any."""
+def class_embedding(anatomy: Anatomy, block: int) -> nn.Embedding | None:
+    """The embedding that a block, or else the model, has of its classes; None without any."""
     for module in (anatomy.blocks[block].module, anatomy.model):
-        table = next((m for m in module.modules() if isinstance(m, nn.Embedding)), None)
-        if table is not None:
-            return table.weight.detach()
+        found = next((m for m in module.modules() if isinstance(m, nn.Embedding)), None)
+        if found is not None:
+            return found
     return None
 
 
@@ -94,8 +94,9 @@ class AdapterSet(nn.Module):
         parts = output_layers(anatomy)
         self.sites = tuple(part.site for part in parts)
         self.layers: list[Any] = [part.module for part in parts]
-        self._tables = [class_table(anatomy, site.block) if "labels" in sources else None for site in self.sites]
-        if "labels" in sources and any(table is None for table in self._tables):
+        # Their weights are read anew at each call, because a pipeline may be moved to another device.
+        self._classes = [class_embedding(anatomy, site.block) if "labels" in sources else None for site in self.sites]
+        if "labels" in sources and None in self._classes:
             raise DitaError(f"{anatomy.name} takes class labels and holds no embedding of them, which agd reads")
         self.adapters = nn.ModuleList(Adapter(kind, width, layer.out_features, sources) for layer in self.layers)
 
@@ -115,9 +116,9 @@ class AdapterSet(nn.Module):
         batch = arguments["hidden_states"].shape[0]
         given = Conditions.of(arguments, torch.zeros(batch), torch.zeros(batch))
         sources: dict[str, int] = {}
-        table = class_table(anatomy, 0) if given.labels is not None else None
         if given.labels is not None:
-            sources["labels"] = 0 if table is None else table.shape[1]
+            classes = class_embedding(anatomy, 0)
+            sources["labels"] = 0 if classes is None else classes.embedding_dim
         for name in ("pooled", "text"):
             value = getattr(given, name)
             if value is not None:
@@ -144,8 +145,8 @@ class AdapterSet(nn.Module):
                 "of the batch first and the channels last"
             )
         tokens = output.reshape(batch, -1, output.shape[-1]).float()
-        table = self._tables[number]
-        added = self.adapters[number](tokens, conditions, table)
+        classes = self._classes[number]
+        added = self.adapters[number](tokens, conditions, None if classes is None else classes.weight.detach())
         return output + added.expand_as(tokens).reshape(output.shape).to(output.dtype)
 
     def save(self, path: str | Path) -> None:
