@@ -102,7 +102,7 @@ def convergence(names: Sequence[str], steps: Sequence[int], batch: int) -> list[
     for solver, entry in exact.SCHEDULERS.items():
         problem = exact.gaussian(entry.process)
         noise = problem.noise(batch)
-        variants = [("plain", "", None)]
+        variants: list[tuple[str, str, Method | None]] = [("plain", "", None)]
         for name in names:
             for options in SETTINGS[name]:
                 method = registry.resolve(name, **options)
@@ -125,39 +125,54 @@ def convergence(names: Sequence[str], steps: Sequence[int], batch: int) -> list[
     return rows
 
 
+class Yardstick:
+    """The plain solver and the truth on the mixture, for any number of steps; each is worked out once.
+
+    Args:
+        solver: a name in `exact.SCHEDULERS`.
+        batch: samples.
+    """
+
+    def __init__(self, solver: str, batch: int) -> None:
+        self.solver, self.problem = solver, exact.mixture(exact.SCHEDULERS[solver].process)
+        self.noise = self.problem.noise(batch)
+        self._truths: dict[int, torch.Tensor] = {}
+        self._plain: dict[int, Row] = {}
+
+    def error(self, run: Outcome, steps: int) -> float:
+        """Distance of a run of so many steps from the truth."""
+        if steps not in self._truths:
+            self._truths[steps] = self.problem.pipeline(self.solver).exact(steps, self.noise)
+        return exact.distance(run.result, self._truths[steps])
+
+    def plain(self, calls: int) -> Row:
+        """The plain solver with so many calls, or one more."""
+        steps = calls // 2 + 1 if exact.SCHEDULERS[self.solver].build().order > 1 else calls
+        if steps not in self._plain:
+            run = outcome(self.problem.pipeline(self.solver), steps, self.noise)
+            row = {"steps": steps, "calls": run.calls, "rows": run.rows, "error": self.error(run, steps)}
+            self._plain[steps] = {"solver": self.solver, "method": "plain", "setting": "", **row}
+        return self._plain[steps]
+
+
 def at_equal_calls(names: Sequence[str], steps: Sequence[int], batch: int) -> list[Row]:
     """Errors of plain solvers and methods on the mixture, and of the plain solver with as many calls."""
     rows: list[Row] = []
-    for solver, entry in exact.SCHEDULERS.items():
-        problem = exact.mixture(entry.process)
-        noise, known = problem.noise(batch), {}
-
-        def plain(n: int, solver: str = solver, problem: exact.Problem = problem, known: dict[int, Row] = known) -> Row:
-            if n not in known:
-                pipe, noise = problem.pipeline(solver), problem.noise(batch)
-                run = outcome(pipe, n, noise)
-                error = exact.distance(run.result, pipe.exact(n, noise))
-                known[n] = {"steps": n, "calls": run.calls, "error": error}
-            return known[n]
-
-        twice = 2 if plain(4)["calls"] > 4 else 1
-        for n in steps:
-            rows.append({"solver": solver, "method": "plain", "setting": "", **plain(max(2, n // twice))})
-        for name in names:
-            for options in SETTINGS[name]:
-                for n in steps:
-                    pipe = problem.pipeline(solver)
-                    row: Row = {"solver": solver, "method": name, "steps": n}
-                    try:
-                        method = ready(name, options, problem, pipe, n)
-                        with dita.accelerated(pipe, method):
-                            run = outcome(pipe, n, noise)
-                    except DitaError as error:
-                        rows.append({**row, "setting": str(options), "refused": str(error)})
-                        continue
-                    row |= {"setting": method.label(), "calls": run.calls, "rows": run.rows}
-                    row |= {"error": exact.distance(run.result, pipe.exact(n, noise))}
-                    rows.append({**row, "plain_error": plain(run.calls)["error"]})
+    for solver in exact.SCHEDULERS:
+        yardstick = Yardstick(solver, batch)
+        rows += [yardstick.plain(n) for n in steps]
+        for name, options, n in [(m, options, n) for m in names for options in SETTINGS[m] for n in steps]:
+            pipe = yardstick.problem.pipeline(solver)
+            row: Row = {"solver": solver, "method": name, "setting": str(options), "steps": n}
+            try:
+                method = ready(name, options, yardstick.problem, pipe, n)
+                with dita.accelerated(pipe, method):
+                    run = outcome(pipe, n, yardstick.noise)
+            except DitaError as error:
+                rows.append({**row, "refused": str(error)})
+                continue
+            row |= {"setting": method.label(), "calls": run.calls, "rows": run.rows, "error": yardstick.error(run, n)}
+            rows.append({**row, "plain_error": yardstick.plain(run.calls)["error"]})
     return rows
 
 

@@ -36,14 +36,8 @@ from dita.errors import DitaError
 from dita.loop import LoopVariables, Run
 from dita.registry import register
 from dita.schedulers.base import watched
-from dita.schedulers.guidance.policy import (
-    GuidanceLoop,
-    GuidanceMethod,
-    GuidancePolicy,
-    Moment,
-    Wanted,
-    refuse_stream,
-)
+from dita.schedulers.guidance.moment import Moment, refuse_stream
+from dita.schedulers.guidance.policy import GuidanceLoop, GuidanceMethod, GuidancePolicy, Wanted
 from dita.schedulers.levels import Level, entry_of, predicts
 
 COMPARED = ("output", "clean")

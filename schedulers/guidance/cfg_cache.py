@@ -33,7 +33,8 @@ from dita.config import check_number, check_whole
 from dita.errors import DitaError
 from dita.loop import Run
 from dita.registry import register
-from dita.schedulers.guidance.policy import GuidanceMethod, GuidancePolicy, Moment, Wanted, refuse_stream
+from dita.schedulers.guidance.moment import Moment, refuse_stream
+from dita.schedulers.guidance.policy import GuidanceMethod, GuidancePolicy, Wanted
 
 FORMS = ("published", "corrected")
 

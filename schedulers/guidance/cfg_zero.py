@@ -28,7 +28,8 @@ from dita.config import check_number, check_whole
 from dita.errors import DitaError
 from dita.loop import LoopVariables, Run, Solver, Step
 from dita.registry import register
-from dita.schedulers.guidance.policy import GuidanceLoop, GuidanceMethod, GuidancePolicy, Moment, Wanted
+from dita.schedulers.guidance.moment import Moment
+from dita.schedulers.guidance.policy import GuidanceLoop, GuidanceMethod, GuidancePolicy, Wanted
 from dita.schedulers.levels import Level, entry_of, predicts
 
 

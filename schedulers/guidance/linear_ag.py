@@ -43,14 +43,8 @@ from dita.loop import Run
 from dita.registry import register
 from dita.schedulers.base import CalibratedSampling, watched
 from dita.schedulers.guidance.linear_fit import LinearWeights, Measured, Trajectories
-from dita.schedulers.guidance.policy import (
-    GuidanceLoop,
-    GuidanceMethod,
-    GuidancePolicy,
-    Moment,
-    Wanted,
-    refuse_stream,
-)
+from dita.schedulers.guidance.moment import Moment, refuse_stream
+from dita.schedulers.guidance.policy import GuidanceLoop, GuidanceMethod, GuidancePolicy, Wanted
 from dita.seams import Position
 from dita.table import Table, frozen, table_for
 

@@ -10,7 +10,8 @@ import torch
 from dita.errors import DitaError
 from dita.fingerprint import fingerprint
 from dita.loop import Run
-from dita.schedulers.guidance.policy import GuidancePolicy, Moment, refuse_stream
+from dita.schedulers.guidance.moment import Moment, refuse_stream
+from dita.schedulers.guidance.policy import GuidancePolicy
 from dita.seams import Position
 from dita.table import Conditions, Table
 

@@ -22,6 +22,7 @@ attaching, one more call sees whether the transformer reads a timestep for each 
 Caches count steps and guidance methods decide by step: neither means anything within a window, so that they are
 excluded. So are methods inside a layer that keep something of a row for the next step, where the row is another state.
 Other sparse attention and token reduction go along; their dense first steps are those of the first state in a window.
+So do chosen lists of timesteps under flow matching; with DDIM, whose step they bend, steps are taken one by one.
 
 Differs from the paper: each sample slides by its own errors and does not depend on its batch mates, where the authors
 slide all by the worst. Flow matching and Euler's scheduler use the variance of the ancestral step between the same two

@@ -191,7 +191,8 @@ class PicardLoop(Loop):
         time = now.expand_as(given) if isinstance(given, torch.Tensor) else type(given)(now.item())
         alone = replace(
             alone.changed(timestep=time),
-            position=replace(request.position, branch="check"),
+            # At the index of its own, so that a method that changes timesteps by their place gives itself away.
+            position=replace(request.position, branch="check", index=request.position.index - self._step + place),
             roles=("check",),
             entries=(),
             reason="does the transformer take a timestep for each row?",
@@ -202,8 +203,8 @@ class PicardLoop(Loop):
         if expected is None or not close(output[rows], expected):
             raise DitaError(
                 f"picard evaluates several timesteps in one batch, but {model} gives such rows other outputs than it "
-                "gives them alone: it does not take a timestep for each row. Restore the pipeline; picard cannot work "
-                "with it"
+                "gives them alone: it does not take a timestep for each row, or another method changes them by the "
+                "step under way. Restore the pipeline, or leave out the other method"
             )
         self._checked.add(model)
 
