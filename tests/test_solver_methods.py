@@ -90,7 +90,6 @@ def sada_by_hand(pipe: Any, steps: int, noise: torch.Tensor, config: SADA) -> tu
     slopes: list[torch.Tensor] = []
     kept: list[tuple[int, torch.Tensor]] = []
     computed, skip, in_a_row, eps, planned = [], False, 0, torch.zeros(()), torch.zeros(())
-    unit = 1.0 if config.reach == "timestep" else 1000 / steps  # what the authors' code lacks of the formula
 
     def level(i: int) -> tuple[float, float]:
         if hasattr(scheduler, "sigmas"):
@@ -116,7 +115,9 @@ def sada_by_hand(pipe: Any, steps: int, noise: torch.Tensor, config: SADA) -> tu
         skip = False
         if 3 <= i < min(int(config.stop * steps), steps - 2) and in_a_row < config.max_skip:
             f, f1, f2 = slopes[-1], slopes[-2], slopes[-3]
-            ahead = vp - unit / steps * (0.625 * f + 0.75 * f1 - 0.375 * f2)
+            # The authors' code has 1 here.
+            gap = float(t - scheduler.timesteps[i + 1]) if config.reach == "step" else 1.0
+            ahead = vp - gap / steps * (0.625 * f + 0.75 * f1 - 0.375 * f2)
             after, sigma = level(i + 1)
             momentum = (x * (after if ve else 1.0) - ahead) * ((f - f1) - (f1 - f2))
             if i >= switch:

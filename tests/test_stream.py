@@ -125,7 +125,7 @@ def test_residual_noise_by_hand_on_ddim() -> None:
     pipe.vae.decode = lambda z, *args, **kwargs: kept.append(z) or decode(z, *args, **kwargs)
     dita.accelerate_pipeline(pipe, RCFG(scale=w))
     TINY["dit"].call(pipe, steps=steps)
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    scheduler: Any = DDIMScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(steps)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     bars = [float(scheduler.alphas_cumprod[t]) for t in scheduler.timesteps] + [float(scheduler.final_alpha_cumprod)]
@@ -136,7 +136,7 @@ def test_residual_noise_by_hand_on_ddim() -> None:
         with torch.no_grad():
             cond = pipe.transformer(x, timestep=t[None], class_labels=torch.tensor([3])).sample[:, :4]
         eps = noise + w * (cond - noise)
-        x = scheduler.step(eps, t, x).prev_sample  # pyright: ignore[reportAttributeAccessIssue]
+        x = scheduler.step(eps, t, x).prev_sample
         noise = eps + ratios[n] / ratios[n + 1] * (noise - eps) if ratios[n + 1] else noise
     assert close(kept[0] * pipe.vae.config.scaling_factor, x)
 
@@ -196,7 +196,8 @@ def test_rcfg_with_a_cache_and_exact_restore() -> None:
 
 
 def test_rcfg_refuses_what_it_cannot_know() -> None:
-    for settings in ({"kind": "other"}, {"scale": 0.5}, {"delta": -1.0}):
+    wrong: tuple[dict[str, Any], ...] = ({"kind": "other"}, {"scale": 0.5}, {"delta": -1.0})
+    for settings in wrong:
         with pytest.raises(DitaError, match="expected"):
             RCFG(**settings)
     pipe = TINY["dit"].build()
@@ -238,14 +239,13 @@ def test_stream_batch_by_hand() -> None:
         assert len(dita.report(pipe).last.records) == INDICES and dita.report(pipe).last.finished
 
 
-@pytest.mark.parametrize(
-    ("tiny", "batch"), [("dit", 2), ("sd3", 1), ("flux-cfg", 2), ("qwen", 1), ("cogvideox", 1), ("mochi", 1)]
-)
+@pytest.mark.parametrize(("tiny", "batch"), [("dit", 2), ("sd3", 1), ("flux-cfg", 2), ("cogvideox", 1)])
 def test_each_frame_is_the_plain_one_some_calls_later(tiny: str, batch: int) -> None:
     """Text-to-image, with both branches of guidance, batched and sequential, under DDIM and flow matching."""
     spec, steps = TINY[tiny], 3
-    plain = [spec.call(spec.build(), steps=steps, seed=n, batch=batch) for n in range(4)]
-    pipe = dita.accelerate_pipeline(spec.build(), BATCH)
+    pipe = spec.build()
+    plain = [spec.call(pipe, steps=steps, seed=n, batch=batch) for n in range(3)]
+    dita.accelerate_pipeline(pipe, BATCH)
     for n in range(5):
         output = spec.call(pipe, steps=steps, seed=n, batch=batch)
         assert close(output, plain[max(0, n - steps + 1)]), n
@@ -263,9 +263,9 @@ def test_a_still_scene_stays() -> None:
 def test_residual_guidance_in_a_stream_batch() -> None:
     """Every row is guided by the picture of its own frame, at its own noise level."""
     alone = dita.accelerate_pipeline(guided_img2img(), RCFG())
-    plain = [frame(alone, n, batch=2, guided=True) for n in range(4)]
+    plain = [frame(alone, n, batch=2, guided=True) for n in range(3)]
     pipe = dita.accelerate_pipeline(guided_img2img(), BATCH, RCFG())
-    for n in range(7):
+    for n in range(INDICES + 2):
         output = frame(pipe, n, batch=2, guided=True)
         assert close(output, plain[max(0, n - INDICES + 1)]), n
         assert calls(pipe) == (1 if n else INDICES)
@@ -383,8 +383,8 @@ def test_equal_frames_are_skipped_ten_times_in_a_row(batch: bool) -> None:
 
 
 def wandering(n: int) -> torch.Tensor:
-    """Pictures that change a little from frame to frame: cosines of 0.998 to their neighbours."""
-    return picture(0) + 0.03 * sum((picture(k) for k in range(1, n + 1)), torch.zeros(()))
+    """Pictures that change a little from frame to frame: cosines of 0.993 to their neighbours."""
+    return picture(0) + 0.12 * sum((picture(k) for k in range(1, n + 1)), torch.zeros(()))
 
 
 def skipped(pipe: Any, frames: list[torch.Tensor]) -> list[bool]:
@@ -396,17 +396,17 @@ def skipped(pipe: Any, frames: list[torch.Tensor]) -> list[bool]:
 
 
 def test_the_filter_is_reproducible_and_knows_different_frames() -> None:
-    pipe, film = build_flux(FluxImg2ImgPipeline), [wandering(n) for n in range(16)]
+    pipe, film = build_flux(FluxImg2ImgPipeline), [wandering(n) for n in range(12)]
     drawn = [skipped(dita.accelerate_pipeline(pipe, Stream(seed=seed)), film) for seed in (0, 0, 1)]
-    assert drawn[0] == drawn[1] != drawn[2] and 3 < sum(drawn[0]) < 13
+    assert drawn[0] == drawn[1] != drawn[2] and 2 < sum(drawn[0]) < 10
     dita.accelerate_pipeline(pipe, Stream())
-    assert not any(skipped(pipe, [picture(n) for n in range(5)])), "cosines near 0"
+    assert not any(skipped(pipe, [picture(n) for n in range(3)])), "cosines near 0"
 
 
 @pytest.mark.parametrize("batch", [True, False])
 def test_each_sample_is_filtered_by_itself(batch: bool) -> None:
     """One sample rests, the other moves: each is what it would be alone."""
-    still, moving = [picture(0)] * 7, [picture(n) for n in range(7)]
+    still, moving = [picture(0)] * 5, [picture(n) for n in range(5)]
 
     def shown(pipe: Any, images: list[torch.Tensor], first: int = 0) -> list[torch.Tensor]:
         size = images[0].shape[0]
@@ -425,7 +425,8 @@ def test_each_sample_is_filtered_by_itself(batch: bool) -> None:
 
 
 def test_pipelines_that_cannot_stream() -> None:
-    for settings in ({"threshold": 1.5}, {"max_skips": -1}, {"seed": 0.5}, {"batch": 1}):
+    wrong: tuple[dict[str, Any], ...] = ({"threshold": 1.5}, {"max_skips": -1}, {"seed": 0.5}, {"batch": 1})
+    for settings in wrong:
         with pytest.raises(DitaError, match="expected"):
             Stream(**settings)
     wan = TINY["wan"].build()
@@ -467,13 +468,13 @@ def test_disabled_is_plain_and_needs_nothing() -> None:
 def test_the_example_on_the_bundled_pipeline() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
     example = import_module("stream_fashion_flux")
-    frames = torch.full((4, 3, 32, 64), 0.1)
-    for n in range(4):
+    frames = torch.full((3, 3, 32, 64), 0.1)
+    for n in range(3):
         frames[n, :, 8:24, 4 + 8 * n : 20 + 8 * n] = 0.9
     drawing = example.Drawing("a red bag on the left", steps=4)
     lines = list(example.bench(example.image_to_image(), frames, drawing, 0.98))
     assert lines[0]["largest_difference"] <= example.ROUNDING
-    assert [line["calls"] for line in lines[1:]] == [8, 8, 5, 5] and [line["rows"] for line in lines[1:]] == [8] * 4
+    assert [line["calls"] for line in lines[1:]] == [6, 6, 4, 4] and [line["rows"] for line in lines[1:]] == [6] * 4
     assert [line["delay"] for line in lines[1:]] == [0, 0, 1, 1]
     assert lines[3]["psnr"] is None or lines[3]["psnr"] > 80
     assert lines[3]["psnr_now"] < 40
