@@ -200,6 +200,8 @@ class CacheHandler(Handler):
         moment = (position.step, position.stage)
         if stream.newest is None:
             verdict = Verdict(True, "first step")
+        elif call.fresh:
+            verdict = Verdict(True, "guidance compares the branches")
         elif self.recipe.follow_first and self._leader is not None and self._leader[0] == moment:
             leader = self._leader[1]
             return replace(leader, reason=f"as the first branch: {leader.reason}")

@@ -104,6 +104,7 @@ class Request:
         divisible: the parts of the batch may be run without each other.
         apart: branches have to be run one by one, for some method keeps features of each.
         reason: why it is run, for the report.
+        fresh: no cache may stand in for it: some method reads more from it than the next sample.
         remark: tells the report why the run is left alone.
         entries: where equal parts of a branch's batch stand in the scheduler's list of timesteps, one number a part;
             () where all samples stand at the position. Some method put samples of several runs into one batch.
@@ -126,6 +127,7 @@ class Request:
     divisible: bool = True
     apart: bool = False
     reason: str = ""
+    fresh: bool = False
     remark: Callable[[str], None] = field(default=lambda text: None, repr=False)
     entries: tuple[int, ...] = ()
     clean: torch.Tensor | None = field(default=None, repr=False)

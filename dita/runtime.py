@@ -165,7 +165,7 @@ class ModelRuntime:
             if request.each:
                 return one_by_one(request, carried_out)
             position, roles, reason = request.position, request.roles, request.reason
-            said = {"scale": request.scale, "tokens": request.tokens, "grid": request.grid}
+            said = {"scale": request.scale, "tokens": request.tokens, "grid": request.grid, "fresh": request.fresh}
             return self._one(position, roles, reason, original, request.args, request.kwargs, **said)
 
         run: Any = carried_out
@@ -207,12 +207,13 @@ class ModelRuntime:
         scale: float | None = None,
         tokens: tuple[int, int] | None = None,
         grid: Grid | None = None,
+        fresh: bool = False,
     ) -> Any:
         """Run one call, of one branch or all of them batched, through the handlers' sites."""
         self._ran = (self.clock.run, position.step)
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
         call = self._describe(position, args, kwargs, tensors)
-        call.reason, call.scale, call.tokens = reason, scale, tokens
+        call.reason, call.scale, call.tokens, call.fresh = reason, scale, tokens, fresh
         call.grid = call.grid if grid is None else grid
         timer = Timer(tensors[0].device if tensors else torch.device("cpu"))
         self._call = call

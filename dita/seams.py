@@ -93,6 +93,7 @@ class Call:
         arguments: everything it was called with, by name; must not be changed.
         scale: the pipeline's guidance scale, as methods on the sampling loop pass it on; None where there is none.
         tokens: image tokens of a sample, and how many there are at full resolution; None if these are all.
+        fresh: nothing kept may stand in for any of it, as a method on the sampling loop asks.
         action, value, reason: what was done, as in `dita.reporting.StepRecord`.
         note: what the run's report is to say about memory, "" for nothing new.
         density: share of the attention's pairs of tokens that were computed, over the layers that computed any.
@@ -107,6 +108,7 @@ class Call:
     arguments: Mapping[str, Any] = field(default_factory=dict, repr=False)
     scale: float | None = None
     tokens: tuple[int, int] | None = None
+    fresh: bool = False
     action: str = "computed"
     value: float | None = None
     reason: str = ""

@@ -16,7 +16,7 @@ from dita.caching import TaylorSeer
 from dita.errors import DitaError
 from dita.loop import Loop, Request, Run, Runner, Solver, Step, StepCall, roles_of, tensors_of
 from dita.schedulers.base import SamplingMethod, watched
-from dita.schedulers.guidance import GuidanceInterval
+from dita.schedulers.guidance import CFGCache, GuidanceInterval
 
 
 class Watcher(Loop):
@@ -201,6 +201,17 @@ def test_streams_of_a_cache_outlive_the_branch_that_is_left_out() -> None:
         marks = {branch: "".join(r.action[0] for r in rs) for (_, branch, _), rs in run.streams().items()}
         assert marks["cond"].count("c") == 4 and marks["uncond"].endswith("ssss") and marks["uncond"].count("c") == 2
         assert out.isfinite().all()
+
+
+def test_what_guidance_compares_is_computed() -> None:
+    """CFG-Cache takes the difference of the branches at one step in five: forecasts of either would not do."""
+    pipe = TINY["wan"].build()
+    dita.accelerate_pipeline(pipe, CFGCache(below=1001), TaylorSeer(interval=4, warmup=1))
+    TINY["wan"].call(pipe, steps=12)
+    run = dita.report(pipe).last
+    for records in run.streams().values():
+        assert [r.action for r in records if r.step in (0, 5, 10)] == ["computed"] * 3
+    assert {r.action for r in run.records} >= {"forecast", "skipped"}
 
 
 def test_arguments_of_a_step() -> None:

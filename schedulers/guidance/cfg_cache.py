@@ -124,7 +124,7 @@ class CachedDifference(GuidancePolicy):
         if self.timestep(moment) >= config.below:
             return Wanted("both", f"timestep {config.below:g} or above")
         if position.step % config.interval == 0:
-            return Wanted("both", f"one step in {config.interval}")
+            return Wanted("both", f"one step in {config.interval}", fresh=True)
         return Wanted("cond", "the difference of the branches is kept")
 
     def uncond(self, moment: Moment, cond: torch.Tensor, uncond: torch.Tensor | None) -> torch.Tensor:

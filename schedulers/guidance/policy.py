@@ -29,10 +29,12 @@ class Wanted:
     Attributes:
         branches: "both"; "cond", so that `GuidancePolicy.uncond` is given None; or "none": the guided output is zero.
         reason: why, in words.
+        fresh: what is computed is compared over the steps, so that no cache may stand in for it.
     """
 
     branches: Literal["both", "cond", "none"]
     reason: str
+    fresh: bool = False
 
 
 class GuidancePolicy:
@@ -143,14 +145,14 @@ class GuidanceLoop(Loop):
             request.left_out(request.position, "cond", self._wanted.reason)
             self._cond = (request.empty(),)
             return request.answer(self._cond)
-        result = run(replace(request, reason=self._wanted.reason))
+        result = run(replace(request, reason=self._wanted.reason, fresh=self._wanted.fresh))
         self._cond = tensors_of(result)
         return result
 
     def _second(self, request: Request, run: Runner) -> Any:
         moment, cond = self._ask(request), self._cond
         assert cond is not None
-        request = replace(request, reason=self._wanted.reason)
+        request = replace(request, reason=self._wanted.reason, fresh=self._wanted.fresh)
         self._cond = None
         if self._wanted.branches == "both":
             result = run(request)
@@ -162,7 +164,7 @@ class GuidanceLoop(Loop):
 
     def _together(self, request: Request, run: Runner) -> Any:
         moment = self._ask(request)
-        request = replace(request, reason=self._wanted.reason)
+        request = replace(request, reason=self._wanted.reason, fresh=self._wanted.fresh)
         if not request.divisible or (self._wanted.branches == "both" and not request.apart):
             result = run(request)
             whole, rebuild = flatten(result)
