@@ -15,8 +15,8 @@ are. One draw a frame serves all samples of a batch, and each is skipped by itse
 
 The first frame is run in full. Its latents before every step fill the batch, so that the next S - 1 calls return it
 again, and every call a valid image. So it is after any change: of shapes, timesteps, scheduler, guidance scale, prompt
-or other arguments of the transformer. Attaching the method again begins anew as well. A call that raised is as if it
-had not been made.
+or other arguments of the transformer; a new scheduler takes two frames in full, for it is noticed after it added noise
+to the first. Attaching the method again begins anew as well. A call that raised is as if it had not been made.
 
 Guidance: the branches of classifier-free guidance run for all rows, and the pipeline combines them; "rcfg", named after
 "stream", leaves one of them out. Give each call the same noise (`generator`) for pictures that do not flicker.

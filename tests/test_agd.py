@@ -17,7 +17,8 @@ import dita
 from dita.anatomy import describe
 from dita.caching import TaylorSeer
 from dita.errors import DitaError, DitaWarning
-from dita.eval.calibrations import FOLDER
+from dita.eval.calibrations import FOLDER, with_bundled
+from dita.eval.settings import plan
 from dita.eval.training.agd import main
 from dita.loop import Request
 from dita.schedulers.base import watched
@@ -345,7 +346,9 @@ def test_training_learns_and_leaves_the_pipeline_alone(tiny: str, tmp_path: Path
     plain, before = call(pipe, steps=2), snapshot(pipe)
     state = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
     generator = torch.get_rng_state()
-    agd = train_agd(pipe, guided(tiny, steps=3), tmp_path / "a.safetensors", runs=2, updates=12, width=8, rate=2e-2, batch=6)
+    agd = train_agd(
+        pipe, guided(tiny, steps=3), tmp_path / "a.safetensors", runs=2, updates=12, width=8, rate=2e-2, batch=6
+    )
     assert torch.equal(torch.get_rng_state(), generator)
     assert_same_snapshot(before, snapshot(pipe))
     assert all(torch.equal(value, state[name]) for name, value in pipe.transformer.state_dict().items())
@@ -432,3 +435,12 @@ def test_the_shipped_adapters_stand_for_guidance() -> None:
         with dita.accelerated(pipe, AGD(weights)):
             found[weights] = psnr(draw(pipe, sampling, range(4)).media, plain).mean().item()
     assert found[str(path)] > found[UNTRAINED] + 1, found
+
+
+def test_sweeps_take_the_shipped_adapters() -> None:
+    settings = plan(50, ["agd"])
+    taken = [setting.config for setting in with_bundled(settings, "fashion-dit")[1:]]
+    assert taken == [AGD(str(FOLDER / "fashion-dit" / "agd.safetensors"), config.begin) for config in AGD.ladder()]
+    assert with_bundled(settings, "fashion-wan") == settings
+    own = [dataclasses.replace(settings[1], config=AGD("other.safetensors"))]
+    assert with_bundled(own, "fashion-dit") == own
