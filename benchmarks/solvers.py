@@ -46,6 +46,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
 FINE = {"optimal-steps": 100}
 """Steps of a calibration, for methods that choose from a run with many."""
 GATE = 1e-8
+"""Largest error of the reference solution."""
 Row = dict[str, Any]
 
 

@@ -55,7 +55,7 @@ class Drawing:
     @property
     def indices(self) -> int:
         """Steps that a frame takes."""
-        return min(int(self.steps * self.strength), self.steps)
+        return self.steps - int(max(self.steps - self.steps * self.strength, 0))
 
 
 @dataclass

@@ -111,8 +111,11 @@ def test_supports_names_reasons() -> None:
     assert "ask for fewer" in found.methods["dbcache"][1] and not found
     assert dita.supports(pipe, "taylorseer") and dita.supports(pipe, DBCache(fn=2))
     unknown = dita.supports(nn.Sequential(nn.Linear(2, 2)))
-    at_the_model = {name for name in METHODS if registry.get(name).seams == {"model"}}
-    assert {name for name, (ok, _) in unknown.methods.items() if ok} == at_the_model
+    outside = {name for name in METHODS if registry.get(name).seams <= {"model", "step"}}
+    supported = {name for name, (ok, _) in unknown.methods.items() if ok}
+    assert supported - outside == {"autodiffusion"}, "without blocks to leave out it searches timesteps alone"
+    refused = {name: unknown.methods[name][1] for name in outside - supported}
+    assert set(refused) == {"ralu", "timestep-aligner"} and all("Sequential" in why for why in refused.values())
     assert "loops over no list of blocks" in str(unknown)
 
 

@@ -19,7 +19,14 @@ from setuptools.config.pyprojecttoml import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("kernels", "caching", "schedulers", "eval")
-INNER = ("kernels.sparse", "kernels.reduction")
+INNER = (
+    "kernels.sparse",
+    "kernels.reduction",
+    "schedulers.guidance",
+    "schedulers.resolution",
+    "schedulers.solvers",
+    "schedulers.timesteps",
+)
 SITE_PACKAGES = sysconfig.get_paths()["purelib"]
 BUILD_INPUTS = ("pyproject.toml", "README.md", "LICENSE", "dita", *ROOMS)
 

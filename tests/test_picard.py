@@ -22,6 +22,7 @@ import dita
 from dita.schedulers.solvers.first_order import FirstOrder
 from dita.schedulers.solvers.picard import Picard
 from dita.schedulers.solvers.trajectory import Trajectory
+from dita.schedulers.timesteps.listed import ListedDDIMScheduler, ListedFlowMatchEulerDiscreteScheduler
 
 STEPS = 8
 OTHER: dict[str, Callable[[], Any]] = {
@@ -210,6 +211,8 @@ SCHEDULERS = {
     "euler": lambda: EulerDiscreteScheduler(),
     "flow": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
     "flow-inverted": lambda: FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+    "listed-ddim": lambda: ListedDDIMScheduler(listed_timesteps=[990, 700, 500, 300, 100, 20, 0]),
+    "listed-flow": lambda: ListedFlowMatchEulerDiscreteScheduler(listed_sigmas=[1.0, 0.9, 0.7, 0.4, 0.3, 0.2, 0.1]),
 }
 
 
@@ -327,7 +330,7 @@ def test_sparse_attention_goes_along() -> None:
     assert torch.equal(call(name, pipe), call(name, build(name)))
 
 
-@pytest.mark.parametrize("other", ["taylorseer", "guidance-interval", "sada-token"])
+@pytest.mark.parametrize("other", ["taylorseer", "guidance-interval", "sada", "sada-token"])
 def test_what_counts_steps_is_excluded(other: str) -> None:
     pipe = build("dit")
     before = snapshot(pipe)

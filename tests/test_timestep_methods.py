@@ -278,7 +278,8 @@ def test_lists_and_left_out_blocks_go_with_caches(cache: str) -> None:
 
 def test_runs_from_the_middle_are_left_alone() -> None:
     pipe, call = TINY["flux-img2img"].build(), TINY["flux-img2img"].call
-    with pytest.raises(dita.DitaError, match="from pure noise"):
+    warned = pytest.warns(dita.DitaWarning, match=r"strength 0\.7")
+    with warned, pytest.raises(dita.DitaError, match="from pure noise"):
         OptimalSteps().calibrated(pipe, call)
     found = OptimalSteps(steps=5).calibrated(pipe, lambda p: call(p, strength=1.0))
     dita.accelerate_pipeline(pipe, found)

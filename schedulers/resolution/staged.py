@@ -14,7 +14,6 @@ from inspect import signature
 from typing import Any, ClassVar
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from dita.anatomy import Anatomy
 from dita.errors import DitaError
@@ -200,6 +199,8 @@ class StagedLoop(Loop):
             shape: [B, ...]; with a list of generators each sample has its own.
             like: float32, for its device.
         """
+        from diffusers.utils.torch_utils import randn_tensor  # with it come torch's compilers
+
         generator = self._variables.read().get("generator")
         return randn_tensor(tuple(shape), generator=generator, device=like.device, dtype=torch.float32)
 

@@ -14,6 +14,8 @@ FIRST_ORDER = (
     "DDIMScheduler",
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
+    "ListedDDIMScheduler",
+    "ListedFlowMatchEulerDiscreteScheduler",
 )
 """Schedulers whose step depends on nothing but the model's output, the sample and the place in the schedule."""
 _HOOKED = ("step", "set_timesteps", "scale_noise", "add_noise")

@@ -22,7 +22,8 @@ attaching, one more call sees whether the transformer reads a timestep for each 
 Caches count steps and guidance methods decide by step: neither means anything within a window, so that they are
 excluded. So are methods inside a layer that keep something of a row for the next step, where the row is another state.
 Other sparse attention and token reduction go along; their dense first steps are those of the first state in a window.
-So do chosen lists of timesteps under flow matching; with DDIM, whose step they bend, steps are taken one by one.
+Methods that choose timesteps do so step by step as well; their list goes along in a scheduler that holds it
+(`dita.schedulers.timesteps.listed`).
 
 Differs from the paper: each sample slides by its own errors and does not depend on its batch mates, where the authors
 slide all by the worst. Flow matching and Euler's scheduler use the variance of the ancestral step between the same two
@@ -72,7 +73,7 @@ class Picard(SamplingMethod):
     axes: ClassVar[str] = "future states in one batch; change of each against its noise; Picard iteration"
     seams: ClassVar[frozenset[str]] = frozenset({"step", "model"})
     claims: ClassVar[frozenset[str]] = frozenset(
-        {"solver", "guidance", "which steps are reused", "what a layer keeps from step to step"}
+        {"solver", "guidance", "timesteps", "which steps are reused", "what a layer keeps from step to step"}
     )
     citation: ClassVar[str] = """@inproceedings{shih2023parallel,
   title={Parallel Sampling of Diffusion Models},

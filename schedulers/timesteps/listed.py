@@ -17,10 +17,14 @@ from inspect import Parameter, signature
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 from dita.errors import DitaError
 from dita.schedulers.timesteps.schedule import Points, steps_asked, stride
+
+
+__all__ = ["ListedDDIMScheduler", "ListedFlowMatchEulerDiscreteScheduler", "SchedulerMixin", "listed_scheduler"]
+# diffusers loads a scheduler only if it finds the base class in the scheduler's own module.
 
 
 def _taking(base: Any, name: str, check: Callable[[Any, Sequence[float]], None]) -> Callable[..., None]:
