@@ -22,7 +22,6 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerM
 from dita.errors import DitaError
 from dita.schedulers.timesteps.schedule import Points, steps_asked, stride
 
-
 __all__ = ["ListedDDIMScheduler", "ListedFlowMatchEulerDiscreteScheduler", "SchedulerMixin", "listed_scheduler"]
 # diffusers loads a scheduler only if it finds the base class in the scheduler's own module.
 
