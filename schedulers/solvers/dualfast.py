@@ -40,7 +40,7 @@ from dita.table import Table, table_for
 
 
 class CoefficientTable(RunTable):
-    """What a search found: `values` holds "c0" and "decay", and the "error" with them and of the "plain" run."""
+    """The coefficients: `values` holds "c0" and "decay" and, after a search, the "error" with and "plain" without."""
 
     noun: ClassVar[str] = "search for coefficients"
 
@@ -176,22 +176,25 @@ class DualFast(CalibratedSampling):
         """See `SamplingMethod.make`."""
         if pipe is not None:
             check_scheduler(self.name, pipe.scheduler)
+        given = self.c0 is not None and self.table is None
+        table = None if given else table_for(self.name, self.table, anatomies[0])
         if self.c0 is not None:
-            return Combining(self.name, self.back, self.c0, self.decay)
-        table = table_for(self.name, self.table, anatomies[0])
+            return Combining(self.name, self.back, self.c0, self.decay, table)
+        assert table is not None
         return Combining(self.name, self.back, table.values["c0"], table.values["decay"], table)
 
     def calibrated(self, pipe: Any, call: Callable[[Any], Any]) -> DualFast:
         """Search for the coefficients, in as many runs as there are pairs, a plain one and a fine one.
 
-        A setting with a `c0` needs none and returns itself. The pipeline comes back as it was.
+        For a setting with a `c0` nothing is searched, and one run is watched: the table tells under which conditions
+        the coefficients were chosen. The pipeline comes back as it was.
 
         Raises:
             DitaError: the call ran no whole loop, or does not start from the same noise each time.
         """
-        if self.c0 is not None:
-            return self
         plain = trace(self.name, pipe, call)
+        if self.c0 is not None:
+            return replace(self, table=plain.table(CoefficientTable, {"c0": self.c0, "decay": self.decay}, pipe))
         reference = trace(self.name, pipe, call, plan=self.fine * plain.steps)
         same_start(plain, reference)
         goal = reference.states[-1].double()
