@@ -34,7 +34,7 @@ def suitable(name: str) -> tuple[str, ...]:
     """The tiny pipelines on which a method on the sampling loop has something to do."""
     cls = registry.get(name)
     among = GUIDED if "guidance" in cls.claims else tuple(TINY)
-    if "timesteps" in cls.claims:
+    if "timesteps" in cls.claims or cls.needs_calibration:
         among = tuple(tiny for tiny in among if tiny != "flux-img2img")  # timesteps are found for whole runs
     return tuple(tiny for tiny in among if dita.supports(_built(tiny), cls.forced()))
 

@@ -153,7 +153,7 @@ class DualFast(CalibratedSampling):
     claims: ClassVar[frozenset[str]] = frozenset({"solver"})
     saves: ClassVar[bool] = False
     table_kind: ClassVar[type[Table]] = CoefficientTable
-    shaping: ClassVar[tuple[str, ...]] = ("back", "fine", "tried", "decays")
+    shaping: ClassVar[tuple[str, ...] | None] = None  # a given c0 leaves nothing to search
     citation: ClassVar[str] = """@article{yu2025dualfast,
   title={DualFast: Dual-Speedup Framework for Fast Sampling of Diffusion Models},
   author={Yu, Hu and Luo, Hao and Wang, Fan and Zhao, Feng},
