@@ -53,15 +53,15 @@ def test_ddim_steps_to_any_timestep() -> None:
     noise, sample = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     for now, then in ((999, 995), (700, 33), (400, 0), (20, -1), (0, -1)):
         with stride(scheduler, now - then):
-            found = scheduler.step(noise, now, sample).prev_sample
+            found = scheduler.step(noise, now, sample).prev_sample  # pyright: ignore
         alphas = scheduler.alphas_cumprod
         a, b = alphas[now], alphas[then] if then >= 0 else torch.tensor(1.0)
         clean = (sample - (1 - a).sqrt() * noise) / a.sqrt()
         assert torch.allclose(found, b.sqrt() * clean + (1 - b).sqrt() * noise, atol=1e-5)
     assert scheduler.num_inference_steps == 50
-    own = scheduler.step(noise, 980, sample).prev_sample
+    own = scheduler.step(noise, 980, sample).prev_sample  # pyright: ignore
     with stride(scheduler, 20):
-        assert torch.equal(scheduler.step(noise, 980, sample).prev_sample, own)
+        assert torch.equal(scheduler.step(noise, 980, sample).prev_sample, own)  # pyright: ignore
 
 
 @pytest.mark.parametrize("tiny", ["dit", "flux"])
@@ -88,7 +88,7 @@ def test_a_list_is_saved_and_loaded_with_the_pipeline(tiny: str, tmp_path: Any) 
 def test_listed_schedulers_refuse_other_lists() -> None:
     for listed in (None, [1000, 3], [5, 5], [3, 9], [3.5, 1]):
         with pytest.raises(dita.DitaError, match="listed_timesteps"):
-            ListedDDIMScheduler(listed_timesteps=listed)
+            ListedDDIMScheduler(listed_timesteps=listed)  # pyright: ignore
     with pytest.raises(dita.DitaError, match="holds a list"):
         listed_scheduler(DPMSolverMultistepScheduler(), Points((1.0,)))
 
