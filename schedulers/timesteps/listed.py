@@ -84,7 +84,7 @@ class ListedDDIMScheduler(DDIMScheduler):
         tensor([999, 400,  50])
     """
 
-    __init__ = _taking(DDIMScheduler, "listed_timesteps", _check_timesteps)
+    __init__: Callable[..., None] = _taking(DDIMScheduler, "listed_timesteps", _check_timesteps)
 
     @functools.wraps(DDIMScheduler.set_timesteps)
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
@@ -121,7 +121,7 @@ class ListedFlowMatchEulerDiscreteScheduler(FlowMatchEulerDiscreteScheduler):
         (tensor([1000.,  750.,  250.]), tensor([1.0000, 0.7500, 0.2500, 0.0000]))
     """
 
-    __init__ = _taking(FlowMatchEulerDiscreteScheduler, "listed_sigmas", _check_sigmas)
+    __init__: Callable[..., None] = _taking(FlowMatchEulerDiscreteScheduler, "listed_sigmas", _check_sigmas)
 
     @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
     def set_timesteps(
