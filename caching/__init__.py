@@ -19,6 +19,8 @@ from dita.caching.duca import DuCa
 from dita.caching.easycache import EasyCache
 from dita.caching.efficientvla import EfficientVLA
 from dita.caching.fastercache import FasterCache
+from dita.caching.fitted import Fitted
+from dita.caching.fitted_table import FittedTable
 from dita.caching.foca import FoCa
 from dita.caching.foresight import Foresight
 from dita.caching.freqca import FreqCa
@@ -57,6 +59,8 @@ __all__ = [
     "EfficientVLA",
     "FasterCache",
     "FirstBlockCache",
+    "Fitted",
+    "FittedTable",
     "FoCa",
     "Foresight",
     "FreqCa",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from dita.attention_view import Attended
+from dita.response import Schedule
 from dita.seams import Features, Fresh, Position, Site
 
 
@@ -28,6 +29,8 @@ class View:
         residual: after a computed step, the residual of the image stream over the reused span.
         block_change: after a computed step, the mean over blocks of the relative L1 change of each block's output since
             the last computed step, per sample [B]; None for the first.
+        schedule: returns the run's timesteps, None where they are not known.
+        combine: the weighted sum of what is kept of a site, newest first; () if that is less than the weights are.
     """
 
     position: Position
@@ -41,6 +44,8 @@ class View:
     probe: torch.Tensor | None = None
     residual: torch.Tensor | None = None
     block_change: torch.Tensor | None = None
+    schedule: Callable[[], Schedule | None] = lambda: None
+    combine: Callable[[Site, Sequence[float]], Features] = lambda site, weights: ()
 
 
 @dataclass(frozen=True)

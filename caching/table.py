@@ -87,6 +87,7 @@ class CalibratedMethod(CachingMethod):
             warns.
         shaping: settings that the numbers depend on beyond chance, the others only read them; None: on all of them.
         trained: `call` runs many times, on a sample of its own each.
+        trajectories: samples that `call` should draw for good numbers.
     """
 
     needs_calibration: ClassVar[bool] = True
@@ -94,6 +95,7 @@ class CalibratedMethod(CachingMethod):
     bound: ClassVar[bool] = True
     shaping: ClassVar[tuple[str, ...] | None] = None
     trained: ClassVar[bool] = False
+    trajectories: ClassVar[int] = 1
 
     def sites(self, anatomy: Anatomy) -> tuple[Site, ...]:
         """The method's sites; asking needs no table yet."""

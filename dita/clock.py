@@ -12,11 +12,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from dita.fingerprint import fingerprint
 from dita.loop import Loop, Step, StepCall, previous_sample, with_sample
 from dita.patch import Patch
+from dita.response import Schedule, linear_response
 from dita.seams import Position
 
 MAX_BRANCHES = 4
@@ -59,6 +61,7 @@ class RunClock:
         self._layout: tuple[int, int, int] | None = None
         self._calls: dict[int, list[str]] = {}
         self._first_step: dict[int, int] = {}
+        self._response: tuple[int, np.ndarray | None] = (-1, None)
 
     def attach(self) -> None:
         """Hook the present scheduler's `set_timesteps`, `step` and what adds noise, on this instance only."""
@@ -106,6 +109,21 @@ class RunClock:
             index = getattr(self._scheduler, "begin_index", None)
             return 0 if index is None else int(index)
         return self._begin
+
+    def schedule(self) -> Schedule:
+        """The timesteps that are executed, and what the scheduler makes of outputs at them."""
+        begin, count = self.begin, self.evaluations
+        return Schedule(
+            tuple(self._timestep(begin + entry) for entry in range(count)),
+            self.order,
+            functools.partial(self._response_of, self.run, begin),
+        )
+
+    def _response_of(self, run: int, begin: int) -> np.ndarray | None:
+        """Measured before the run's first step, and remembered for who asks later."""
+        if self._response[0] != run and run == self.run and self.done == 0:
+            self._response = (run, linear_response(self._scheduler, begin))
+        return self._response[1] if self._response[0] == run else None
 
     def position(self, model: int, branch: str | None) -> Position | None:
         """Place a call of model number `model`, or return None for a call outside any run.

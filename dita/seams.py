@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
 from dita.attention_view import Attended
+
+if TYPE_CHECKING:
+    from dita.response import Schedule
 
 Features = tuple[torch.Tensor | None, ...]
 """What passes through a site: (hidden [B, N, C], text stream or None) of a span; the outputs of a module or model."""
@@ -88,6 +91,7 @@ class Call:
         position: where it stands.
         shapes: shapes of the tensors it was called with.
         scheduler: fingerprint of the scheduler.
+        schedule: returns the run's timesteps; None for a call outside of a run.
         grid: frames, rows and columns of image tokens, () where the model does not tell.
         latents: what the transformer denoises, as it was called with it.
         arguments: everything it was called with, by name; must not be changed.
@@ -115,6 +119,7 @@ class Call:
     note: str = ""
     density: float = 1.0
     sparsely: str = ""
+    schedule: Callable[[], Schedule | None] = field(default=lambda: None, repr=False)
 
 
 @dataclass(frozen=True)

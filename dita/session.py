@@ -23,6 +23,8 @@ from dita.seams import Position
 P = TypeVar("P")
 _KEY = "_dita_session"
 _OWNER = "_dita_owner"
+_OTHER_NAMES = ("prior", "decoder")
+_TRANSFORMERS = "diffusers.models.transformers."
 
 
 class Session:
@@ -116,6 +118,9 @@ def transformers_of(pipe: Any) -> dict[str, nn.Module]:
             "load one with DiffusionPipeline.from_pretrained"
         )
     found = {n: c for n, c in components.items() if n.startswith("transformer") and isinstance(c, nn.Module)}
+    if not found:  # priors of embeddings and decoders of spectrograms denoise too
+        others = {n: c for n, c in components.items() if n in _OTHER_NAMES and isinstance(c, nn.Module)}
+        found = {n: c for n, c in others.items() if type(c).__module__.startswith(_TRANSFORMERS)}
     if not found:
         held = ", ".join(f"{n} ({type(c).__name__})" for n, c in components.items() if isinstance(c, nn.Module))
         raise DitaError(
@@ -132,7 +137,8 @@ def accelerate_pipeline(pipe: P, *methods: str | Method | type[Method], **option
 
     Args:
         pipe: a diffusers pipeline whose denoiser is a transformer.
-        methods: names or configs; with none, the default of the model's family (`dita.defaults`).
+        methods: names or configs; with none, the pipeline's own calibration if `dita.calibrate` left one, else the
+            default of the model's family (`dita.defaults`).
         options: settings of the one method given.
 
     Returns:
@@ -146,9 +152,12 @@ def accelerate_pipeline(pipe: P, *methods: str | Method | type[Method], **option
         >>> pipe = accelerate_pipeline(pipe, "taylorseer", interval=4)  # doctest: +SKIP
     """
     anatomies = {name: describe(_eager(name, model)) for name, model in transformers_of(pipe).items()}
+    for name, anatomy in anatomies.items():
+        if "model" in anatomy.reasons:
+            raise DitaError(f"{name} ({anatomy.name}) cannot be accelerated: {anatomy.reasons['model']}")
     if options and len(methods) != 1:
         raise DitaError(f"options {sorted(options)} configure a single method, but {len(methods)} were given")
-    configs = tuple(resolve(m, **options) for m in methods) or default_methods(next(iter(anatomies.values())))
+    configs = tuple(resolve(m, **options) for m in methods) or default_methods(next(iter(anatomies.values())), pipe)
     _check_claims(configs)
     old = _find(pipe)
     for name, anatomy in anatomies.items():

@@ -146,12 +146,13 @@ class Bench:
             table, taken = self._tables[shape]  # the seconds are what this setting alone would have taken
             return replace(setting, config=config.replace(table=table)), taken  # pyright: ignore
         trained: bool = getattr(config, "trained", False)
-        other = replace(self.sampling, samples=_TRAINING if trained else 1, batch=1, seed=self.sampling.seed + 1)
+        drawn: int = getattr(config, "trajectories", 1)
+        other = replace(self.sampling, samples=_TRAINING if trained else drawn, batch=1, seed=self.sampling.seed + 1)
 
         def run(pipe: Any) -> None:
             # What is trained seeds torch anew for every run and wants another sample each time.
             index = int(torch.randint(_TRAINING, (1,))) if trained else 0
-            draw(pipe, other, range(index, index + 1), setting.steps)
+            draw(pipe, other, range(index, index + drawn), setting.steps)
 
         kept = []
         taken = timed(lambda: kept.append(config.calibrated(self.pipe, run)), self.device)
@@ -172,9 +173,11 @@ class Bench:
             with dita.accelerated(self.pipe, *(config.parts if isinstance(config, Composition) else (config,))):
                 yield
                 run = dita.report(self.pipe).last
-            # A method may run on other steps than the plain sampler: what is left out of them is in the records.
-            steps = len({record.step for record in run.records})
-            cost.computed.append(run.computed_fraction * steps / self.sampling.steps)
+            # The pipeline's call may be shorter than the plain one; what a method leaves out of it is in the records.
+            longest: dict[str, int] = {}
+            for (model, _, _), records in run.streams().items():
+                longest[model] = max(longest.get(model, 0), len(records))
+            cost.computed.append(run.computed_fraction * sum(longest.values()) / self.sampling.steps)
             if run.density < 1:
                 cost.density.append(run.density)
             cost.cache_bytes.append(run.peak_cache_bytes)

@@ -1,10 +1,8 @@
-"""The base classes of methods on the sampling loop, and watching a loop for calibration."""
+"""The base classes of methods on the sampling loop."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dita.anatomy import Anatomy
@@ -46,35 +44,3 @@ class CalibratedSampling(SamplingMethod):
     bound: ClassVar[bool] = True
     shaping: ClassVar[tuple[str, ...] | None] = None
     trained: ClassVar[bool] = False
-
-
-@dataclass(frozen=True)
-class _Watching(SamplingMethod):
-    watcher: Loop = field(default_factory=Loop, compare=False)
-
-    name: ClassVar[str] = "calibration"
-
-    def loop(self, anatomies: tuple[Anatomy, ...], pipe: Any = None) -> Loop:
-        return self.watcher
-
-    @classmethod
-    def disabled(cls) -> _Watching:
-        return cls()
-
-
-@contextlib.contextmanager
-def watched(pipe: Any, watcher: Loop) -> Iterator[Any]:
-    """Let an object take part in the pipeline's loop for a while, for measuring; then put back what was attached.
-
-    Args:
-        pipe: the pipeline, accelerated or not.
-        watcher: a `Loop`, which may also change what happens.
-
-    Example:
-        >>> with watched(pipe, watcher):  # doctest: +SKIP
-        ...     call(pipe)
-    """
-    from dita.session import accelerated
-
-    with accelerated(pipe, _Watching(watcher)):
-        yield pipe

@@ -122,7 +122,7 @@ CLUSTERS = {
 }
 
 # Settings whose run of 8 steps computes as many as there are anchors.
-ENOUGH: dict[str, dict[str, Any]] = {"dicache": {"retention": 0.5}, "speca": {"most": 2}}
+ENOUGH: dict[str, dict[str, Any]] = {"fitted": {"full": 5}, "dicache": {"retention": 0.5}, "speca": {"most": 2}}
 
 # In the words of the papers' own accounts where they have one. At the end of the trunk the text is not kept, since the
 # three models read only the image there.
@@ -140,6 +140,7 @@ FORMULAS: dict[str, tuple[str, Callable[[Numbers, Any, str], int]]] = {
         "(order + 1) residuals whatever the depth; the authors keep as many per band",
         lambda n, m, _: (m.order + 1) * n.image,
     ),
+    "fitted": ("the last `anchors` outputs", lambda n, m, _: m.anchors * n.out),
     "ab-cache": ("the last `points` outputs", lambda n, m, _: m.points * n.out),
     "teacache": ("one residual and one indicator", lambda n, m, _: 2 * n.image),
     "magcache": ("one residual", lambda n, m, _: n.image),

@@ -35,10 +35,10 @@ from dita.config import check_number
 from dita.errors import DitaError
 from dita.loop import LoopVariables, Run
 from dita.registry import register
-from dita.schedulers.base import watched
 from dita.schedulers.guidance.moment import Moment, refuse_stream
 from dita.schedulers.guidance.policy import GuidanceLoop, GuidanceMethod, GuidancePolicy, Wanted
 from dita.schedulers.levels import Level, entry_of, predicts
+from dita.watching import watched
 
 COMPARED = ("output", "clean")
 _NEVER = 2.0

@@ -13,7 +13,7 @@ from dita.anatomy import Anatomy, describe
 from dita.errors import DitaError
 from dita.grid import channel_axis
 from dita.loop import Loop, Request, Runner, tensors_of
-from dita.schedulers.base import watched
+from dita.watching import watched
 
 
 @dataclass(frozen=True)

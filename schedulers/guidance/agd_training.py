@@ -21,11 +21,11 @@ import torch
 from dita.errors import DitaError
 from dita.loop import Loop, tensors_of
 from dita.patch import Patch
-from dita.schedulers.base import watched
 from dita.schedulers.guidance.agd import AGD
 from dita.schedulers.guidance.agd_adapters import Conditions
 from dita.schedulers.guidance.agd_states import State, one_transformer, record_states
 from dita.schedulers.guidance.agd_weights import AdapterSet
+from dita.watching import watched
 
 KEPT_EVERY = 50
 """Updates between two checkpoints."""

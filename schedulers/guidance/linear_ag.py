@@ -41,12 +41,13 @@ from dita.fingerprint import fingerprint
 from dita.kernels.weighted_sum import MAX_TERMS, weighted_sum
 from dita.loop import Run
 from dita.registry import register
-from dita.schedulers.base import CalibratedSampling, watched
+from dita.schedulers.base import CalibratedSampling
 from dita.schedulers.guidance.linear_fit import LinearWeights, Measured, Trajectories
 from dita.schedulers.guidance.moment import Moment, refuse_stream
 from dita.schedulers.guidance.policy import GuidanceLoop, GuidanceMethod, GuidancePolicy, Wanted
 from dita.seams import Position
 from dita.table import Table, frozen, table_for
+from dita.watching import watched
 
 
 class Estimates(GuidancePolicy):

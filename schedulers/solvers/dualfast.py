@@ -31,12 +31,13 @@ from dita.errors import DitaError
 from dita.fingerprint import fingerprint
 from dita.loop import Loop, Request, Run, Runner, Solver, Step
 from dita.registry import register
-from dita.schedulers.base import CalibratedSampling, watched
+from dita.schedulers.base import CalibratedSampling
 from dita.schedulers.timesteps.running import RunTable
 from dita.schedulers.timesteps.schedule import check_scheduler
 from dita.schedulers.timesteps.tracing import same_start, trace
 from dita.seams import Position
 from dita.table import Table, table_for
+from dita.watching import watched
 
 
 class CoefficientTable(RunTable):

@@ -12,9 +12,9 @@ import torch
 from dita.errors import DitaError
 from dita.loop import Loop, Request, Run, Runner, Solver, Step
 from dita.passage import flatten
-from dita.schedulers.base import watched
 from dita.schedulers.timesteps.tracing import Trace, argument_of, same_start
 from dita.seams import Features
+from dita.watching import watched
 
 Replay = tuple[Features, Callable[[Features], Any]]
 """The tensors that a transformer returned, and how to wrap them as it did."""

@@ -9,8 +9,8 @@ import torch
 
 from dita.errors import DitaError
 from dita.loop import Solver, Step
-from dita.schedulers.base import watched
 from dita.schedulers.timesteps.tracing import Trace, Watcher, same_start
+from dita.watching import watched
 
 
 def jump_errors(path: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,10 @@ import torch
 from dita.errors import DitaError
 from dita.fingerprint import fingerprint
 from dita.loop import Loop, Request, Run, Runner, Solver, Step
-from dita.schedulers.base import watched
 from dita.schedulers.timesteps.running import ListedLoop, RunTable
 from dita.schedulers.timesteps.schedule import Points, straightened
 from dita.table import frozen
+from dita.watching import watched
 
 T = TypeVar("T", bound=RunTable)
 TOLD = ("timestep", "timesteps")

@@ -108,4 +108,6 @@ def test_settings_that_say_so_share_their_numbers(name):
     cls: Any = registry.get(name)
     first, *_, last = alike(cls)
     tables = [config.calibrated(pipe, lambda p: TINY["dit"].call(p, steps=6)).table for config in (first, last)]
-    assert tables[0] == tables[1] and tables[0].values
+    first, second = ({name: v for name, v in table.values.items() if name != "seconds"} for table in tables)
+    assert first == second and first
+    assert replace(tables[0], values={}) == replace(tables[1], values={})

@@ -1,0 +1,95 @@
+"""Which steps of a run to compute: a search over the expected error of the last latents."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dita.caching.fitting import Moments, expected_error
+
+_REACH = 3  # steps that an anchor may be moved at once
+_ROUNDS = 200
+
+
+def spread(steps: int, full: int, power: float = 1.0) -> tuple[int, ...]:
+    """Steps spread over a run, the first one among them; a power above 1 sets them closer at the beginning.
+
+    Args:
+        steps: of the run.
+        full: how many are wanted, from 1 to `steps`.
+
+    Example:
+        >>> spread(10, 4)
+        (0, 2, 5, 7)
+        >>> spread(10, 4, 2.0)
+        (0, 1, 2, 5)
+    """
+    places = steps * (np.arange(full) / full) ** power
+    taken: list[int] = []
+    for number, place in enumerate(places):
+        # At least one after the last, and leaving room for those to come.
+        taken.append(int(min(max(place, taken[-1] + 1 if taken else 0), steps - full + number)))
+    return tuple(taken)
+
+
+def as_mask(schedule: tuple[int, ...], steps: int) -> np.ndarray:
+    """A schedule as flags: bool [steps].
+
+    Example:
+        >>> as_mask((0, 2), 3).tolist()
+        [True, False, True]
+    """
+    mask = np.zeros(steps, dtype=bool)
+    mask[list(schedule)] = True
+    return mask
+
+
+def choose_anchors(
+    moments: Moments, full: int, most: int, starts: tuple[tuple[int, ...], ...] = ()
+) -> tuple[tuple[int, ...], float]:
+    """The steps to compute, as many as given, that leave the least expected error of the last latents.
+
+    From several starts, anchors are moved by up to three steps, one a round, whichever lowers the error most, until
+    none does: a local search, and the best of its ends.
+
+    Args:
+        moments: of full runs.
+        full: steps computed, from 1 to all.
+        most: anchors a forecast may use.
+        starts: schedules to start from besides evenly and unevenly spread ones.
+
+    Returns:
+        the steps, rising from 0, and the expected mean squared error of the last latents, see `expected_error`.
+
+    Example:
+        >>> euler = np.tril(np.ones((7, 7)), -1)
+        >>> outputs = np.array([0.0, 3.0, 4.0, 4.0, 4.0, 4.0, 0.0])
+        >>> choose_anchors(Moments(np.outer(outputs, outputs), euler, np.zeros(6)), 3, 1)[0]
+        (0, 1, 2)
+    """
+    steps = moments.steps
+    found = {s for s in starts if len(s) == full} | {spread(steps, full, power) for power in (1.0, 1.3, 1.7)}
+    ends = [_descend(moments, start, most) for start in sorted(found)]
+    return min(ends, key=lambda end: (end[1], end[0]))
+
+
+def _descend(moments: Moments, start: tuple[int, ...], most: int) -> tuple[tuple[int, ...], float]:
+    steps = moments.steps
+    best, error = start, float(expected_error(moments, as_mask(start, steps)[None], most)[0])
+    for _ in range(_ROUNDS):
+        moves = sorted(set(_moves(best, steps)))
+        if not moves:
+            break
+        errors = expected_error(moments, np.stack([as_mask(move, steps) for move in moves]), most)
+        number = int(errors.argmin())
+        if not errors[number] < error * (1 - 1e-4):
+            break
+        best, error = moves[number], float(errors[number])
+    return best, error
+
+
+def _moves(schedule: tuple[int, ...], steps: int):
+    taken = set(schedule)
+    for number, anchor in enumerate(schedule[1:], 1):
+        for by in (*range(-_REACH, 0), *range(1, _REACH + 1)):
+            if 0 < anchor + by < steps and anchor + by not in taken:
+                yield tuple(sorted((*schedule[:number], anchor + by, *schedule[number + 1 :])))

@@ -1,0 +1,213 @@
+"""Fitted: forecasts and schedules learned from the user's own pipeline.
+
+dita's own; there is no paper. `docs/fitted.md` has the derivation, the ablations and where it fails.
+
+Kept: the transformer's output. When: the steps, as many as wanted, that leave the least expected error of the last
+latents, found by a search. How: a weighted sum of the newest anchors, with weights of each step's own in closed form.
+Both follow from the second moments of the outputs over the steps of a few full runs and from the linear map that the
+scheduler makes of outputs (`dita.caching.fitting`), so that one calibration serves every speedup.
+
+The weights track: a skipped step is forecast not as well as can be, but such that the latents after it come closest to
+those of the full run, by which it makes good what the steps before fell short of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from dita.anatomy import Anatomy
+from dita.caching.engine import Recipe
+from dita.caching.fitted_calibration import media_of, observe, psnr_of, rerun
+from dita.caching.fitted_plan import Following, Planner
+from dita.caching.fitted_table import FittedTable, read_fit
+from dita.caching.forecast import Forecast
+from dita.caching.policy import View
+from dita.caching.table import CalibratedMethod
+from dita.config import check_number, check_whole
+from dita.errors import DitaError
+from dita.registry import register
+from dita.table import Table, table_for
+
+_DEFAULT = 3.0
+
+
+@register
+@dataclass(frozen=True)
+class Fitted(CalibratedMethod):
+    """The settings of the fitted forecast.
+
+    Attributes:
+        full: steps of a run that are computed; 0 for as many as `speedup` leaves.
+        speedup: of a whole run, by what steps cost in the calibration; 1 computes all; 0 for that of the calibration
+            file, else 3.
+        anchors: computed outputs that a forecast may use, 1 to 6.
+        calibration: a file that `dita.calibrate(..., save="x.safetensors")` wrote, in place of a table.
+        table: the moments, from `dita.calibrate`. Without any, every n-th step is computed, and forecasts are Taylor's
+            of order 1.
+
+    Raises:
+        DitaError: a setting out of range; on attaching, a fit of another model, or a file that is none.
+
+    Example:
+        >>> Fitted(speedup=4).label()
+        'speedup=4'
+    """
+
+    full: int = 0
+    speedup: float = 0.0
+    anchors: int = 5
+    calibration: str = ""
+    table: FittedTable | None = field(default=None, repr=False)
+
+    name: ClassVar[str] = "fitted"
+    title: ClassVar[str] = "Fitted"
+    arxiv: ClassVar[str] = "none"
+    axes: ClassVar[str] = "model output; steps searched for; weights of each step fitted to track the full run"
+    seams: ClassVar[frozenset[str]] = frozenset({"model"})
+    table_kind: ClassVar[type[Table]] = FittedTable
+    shaping: ClassVar[tuple[str, ...]] = ()
+    trajectories: ClassVar[int] = 4
+    citation: ClassVar[str] = """@software{dita2026fitted,
+  title={Fitted: forecasts and schedules learned from one's own diffusion pipeline},
+  author={{The dita authors}},
+  year={2026}
+}"""
+
+    def validate(self) -> None:
+        """Check ranges."""
+        check_whole("full", self.full, 0)
+        check_number("speedup", self.speedup, 0)
+        check_whole("anchors", self.anchors, 1, 6)
+        if 0 < self.speedup < 1:
+            raise DitaError(
+                f"speedup is {self.speedup!r}; expected a number of at least 1, or 0 for the calibrated one"
+            )
+        if not isinstance(self.calibration, str):
+            object.__setattr__(self, "calibration", str(self.calibration))  # a path
+
+    @cached_property
+    def fit(self) -> tuple[FittedTable | None, int, float]:
+        """The table, given or read, the steps to compute and the speedup.
+
+        Raises:
+            DitaError: the file is none.
+        """
+        table, full, speedup = self.table, self.full, self.speedup
+        if self.calibration and table is None:
+            table, kept = read_fit(self.calibration)
+            if not full and not speedup:
+                full, speedup = int(kept.get("full", 0)), float(kept.get("speedup", 0.0))
+        return table, full, speedup or _DEFAULT
+
+    def recipe(self, anatomy: Anatomy) -> Recipe:
+        """The model's output, by a planner that all streams share."""
+        table, full, speedup = self.fit
+        if table is not None:
+            table = table_for(self.name, table, anatomy)
+        planner = Planner(table, full, speedup, self.anchors)
+        check: Callable[[View], None] = _say_uncalibrated if table is None else table.check
+        if speedup == 1 and not full:
+            check = _nothing
+        return Recipe(
+            what="model", when=lambda: Following(planner, check), how=Forecast(self.anchors - 1), keep="output"
+        )
+
+    def coarser(self) -> Fitted | None:
+        """One anchor less."""
+        return self.replace(anchors=self.anchors - 1) if self.anchors > 1 else None
+
+    def calibrated(self, pipe: Any, call: Callable[[Any], Any]) -> Fitted:
+        """Measure the moments in full runs, and in one more with steps skipped; the pipeline comes back as it was."""
+        return self.calibrated_on(pipe, [call])
+
+    def calibrated_on(
+        self,
+        pipe: Any,
+        calls: Sequence[Callable[[Any], Any]],
+        advance: Callable[[], None] = lambda: None,
+        psnr: float | None = None,
+    ) -> Fitted:
+        """The same from several calls; see `dita.calibrate`.
+
+        Args:
+            pipe: the pipeline.
+            calls: each runs it, once or several times, in as many steps as the others.
+            advance: called after each, and after the one that is run again.
+            psnr: see `dita.calibrate`; sets `full`.
+        """
+
+        def skipping(found: FittedTable) -> Fitted:
+            return replace(self, table=found, calibration="", speedup=0.0, full=max(2, found.steps // 4))
+
+        table, shown = observe(pipe, calls, skipping, advance)
+        found = replace(self, table=table, calibration="")
+        return found if psnr is None else found.reaching(psnr, pipe, calls[0], shown)
+
+    def reaching(self, psnr: float, pipe: Any, call: Callable[[Any], Any], shown: Any) -> Fitted:
+        """The same with as few computed steps as keep a PSNR, by bisection over accelerated runs.
+
+        Args:
+            psnr: in dB, of what `call` returns to `shown`.
+            pipe: the pipeline.
+            call: runs it once.
+            shown: what it returned in full.
+
+        Raises:
+            DitaError: the call returns no media, or leaving out one step is too much already.
+        """
+        if self.table is None:
+            raise DitaError("a PSNR is reached from a calibration; this setting has none")
+        wanted, low, high = media_of(shown), 1, self.table.steps
+        while high - low > 1:
+            middle = (low + high) // 2
+            tried = replace(self, full=middle, speedup=0.0)
+            low, high = (low, middle) if psnr_of(rerun(pipe, call, tried), wanted) >= psnr else (middle, high)
+        if high == self.table.steps:
+            raise DitaError(f"no step can be left out for {psnr:g} dB: ask for less, or take the plain pipeline")
+        return replace(self, full=high, speedup=0.0)
+
+    def save(self, path: str | Path) -> None:
+        """Write the calibration and how many steps are wanted; `Fitted(calibration=path)` reads it.
+
+        Raises:
+            DitaError: there is no calibration.
+        """
+        table, full, speedup = self.fit
+        if table is None:
+            raise DitaError("there is no fit to save; dita.calibrate measures one")
+        table.save(path, {"full": full, "speedup": 0.0 if full else speedup, "anchors": self.anchors})
+
+    @classmethod
+    def disabled(cls) -> Fitted:
+        """Every step computed; needs no calibration."""
+        return cls(speedup=1.0)
+
+    @classmethod
+    def forced(cls) -> Fitted:
+        """Every other step."""
+        return cls(speedup=2.0)
+
+    @classmethod
+    def ladder(cls) -> tuple[Fitted, ...]:
+        """Speedups from 1.5 to 6."""
+        return tuple(cls(speedup=s) for s in (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0))
+
+
+def _nothing(view: View) -> None:
+    pass
+
+
+def _say_uncalibrated(view: View) -> None:
+    import warnings
+
+    from dita.errors import DitaWarning
+
+    text = (
+        "fitted has no calibration: it extrapolates on an even schedule. Measure one with "
+        'fitted = dita.calibrate(pipe, calls=[lambda p: p(...)], speedup=3, save="fit.safetensors")'
+    )
+    warnings.warn(text, DitaWarning, stacklevel=2)
