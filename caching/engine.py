@@ -206,7 +206,7 @@ class CacheHandler(Handler):
         if stream.newest is None:
             verdict = Verdict(True, "first step")
         elif call.fresh:
-            verdict = Verdict(True, "guidance compares the branches")
+            verdict = Verdict(True, call.reason or "guidance compares the branches")
         elif self.recipe.follow_first and self._leader is not None and self._leader[0] == moment:
             leader = self._leader[1]
             return replace(leader, reason=f"as the first branch: {leader.reason}")
@@ -312,7 +312,9 @@ class CacheHandler(Handler):
         if self.recipe.keep == "pair":
             base = inputs
         if self._residual:
-            base = (matching(inputs[0], history.newest[0]),) if site.kind == "model" else inputs
+            base = inputs
+            if site.kind == "model":  # of what it puts out besides, such as sound, the output itself is kept
+                base = (matching(inputs[0], history.newest[0]), *(None for _ in history.newest[1:]))
         weights = None if self._verdict is None else self._verdict.weights
         forecast = how.forecast(history, base, site, call) if weights is None else history.combine(weights, base)
         plain = (len(history.steps) if weights is None else len(weights)) == 1 or (how.order == 0 and weights is None)

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dita.anatomy import Anatomy
+from dita.caching.anchors import spread
 from dita.caching.engine import Recipe
 from dita.caching.fitted_calibration import media_of, observe, psnr_of, rerun
+from dita.caching.fitted_gate import Gate
 from dita.caching.fitted_plan import Following, Planner
 from dita.caching.fitted_table import FittedTable, read_fit
 from dita.caching.forecast import Forecast
@@ -29,6 +31,7 @@ from dita.caching.policy import View
 from dita.caching.table import CalibratedMethod
 from dita.config import check_number, check_whole
 from dita.errors import DitaError
+from dita.loop import Loop
 from dita.registry import register
 from dita.table import Table, table_for
 
@@ -45,6 +48,9 @@ class Fitted(CalibratedMethod):
         speedup: of a whole run, by what steps cost in the calibration; 1 computes all; 0 for that of the calibration
             file, else 3.
         anchors: computed outputs that a forecast may use, 1 to 6.
+        gate: how many times the expected error, in amplitude, a sample's forecasts may be off before more of its steps
+            are computed, see `dita.caching.fitted_gate`; above 1, or 0 for no gate. The samples of a batch are computed
+            together.
         calibration: a file that `dita.calibrate(..., save="x.safetensors")` wrote, in place of a table.
         table: the moments, from `dita.calibrate`. Without any, every n-th step is computed, and forecasts are Taylor's
             of order 1.
@@ -60,6 +66,7 @@ class Fitted(CalibratedMethod):
     full: int = 0
     speedup: float = 0.0
     anchors: int = 5
+    gate: float = 0.0
     calibration: str = ""
     table: FittedTable | None = field(default=None, repr=False)
 
@@ -86,6 +93,9 @@ class Fitted(CalibratedMethod):
             raise DitaError(
                 f"speedup is {self.speedup!r}; expected a number of at least 1, or 0 for the calibrated one"
             )
+        check_number("gate", self.gate, 0)
+        if 0 < self.gate <= 1:
+            raise DitaError(f"gate is {self.gate!r}; expected a number above 1, or 0 for none")
         if not isinstance(self.calibration, str):
             object.__setattr__(self, "calibration", str(self.calibration))  # a path
 
@@ -108,13 +118,24 @@ class Fitted(CalibratedMethod):
         table, full, speedup = self.fit
         if table is not None:
             table = table_for(self.name, table, anatomy)
-        planner = Planner(table, full, speedup, self.anchors)
+        planner = self.planner(table, full, speedup)
         check: Callable[[View], None] = _say_uncalibrated if table is None else table.check
         if speedup == 1 and not full:
             check = _nothing
         return Recipe(
             what="model", when=lambda: Following(planner, check), how=Forecast(self.anchors - 1), keep="output"
         )
+
+    def loop(self, anatomies: tuple[Anatomy, ...], pipe: Any = None) -> Loop | None:
+        """The gate, if there is one; see `Method.loop`."""
+        table, full, speedup = self.fit
+        if not self.gate or table is None:
+            return None
+        return Gate(table, full or table.full_for(speedup, table.steps), self.anchors, self.gate)
+
+    def planner(self, table: FittedTable | None, full: int, speedup: float) -> Planner:
+        """What plans the runs of one model."""
+        return Planner(table, full, speedup, self.anchors)
 
     def coarser(self) -> Fitted | None:
         """One anchor less."""
@@ -139,11 +160,7 @@ class Fitted(CalibratedMethod):
             advance: called after each, and after the one that is run again.
             psnr: see `dita.calibrate`; sets `full`.
         """
-
-        def skipping(found: FittedTable) -> Fitted:
-            return replace(self, table=found, calibration="", speedup=0.0, full=max(2, found.steps // 4))
-
-        table, shown = observe(pipe, calls, skipping, advance)
+        table, shown = observe(pipe, calls, lambda fit: _Probing(anchors=self.anchors, table=fit), advance)
         found = replace(self, table=table, calibration="")
         return found if psnr is None else found.reaching(psnr, pipe, calls[0], shown)
 
@@ -195,6 +212,15 @@ class Fitted(CalibratedMethod):
     def ladder(cls) -> tuple[Fitted, ...]:
         """Speedups from 1.5 to 6."""
         return tuple(cls(speedup=s) for s in (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0))
+
+
+@dataclass(frozen=True)
+class _Probing(Fitted):
+    """Computes a third of the steps, closer at the beginning, where a model takes errors worst."""
+
+    def planner(self, table: FittedTable | None, full: int, speedup: float) -> Planner:
+        assert table is not None
+        return Planner(table, 0, 1.0, self.anchors, spread(table.steps, max(2, table.steps // 3), 1.7))
 
 
 def _nothing(view: View) -> None:

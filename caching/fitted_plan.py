@@ -75,10 +75,13 @@ class Planner:
         full: steps computed; 0 for as many as `speedup` leaves.
         speedup: of the run, by the calibrated seconds.
         most: anchors a forecast may use.
+        given: the schedule of runs like the calibrated one; () to choose it.
     """
 
-    def __init__(self, table: FittedTable | None, full: int, speedup: float, most: int) -> None:
-        self.table, self.full, self.speedup, self.most = table, full, speedup, most
+    def __init__(
+        self, table: FittedTable | None, full: int, speedup: float, most: int, given: tuple[int, ...] = ()
+    ) -> None:
+        self.table, self.full, self.speedup, self.most, self.given = table, full, speedup, most, given
         self._plans: dict[object, Plan] = {}
 
     def plan(self, view: View) -> Plan:
@@ -94,7 +97,7 @@ class Planner:
         if key not in self._plans:
             response = self.table.moments.response if same else schedule.measure()
             moments = self.table.at(schedule.timesteps, response)
-            chosen = schedule_for(moments, self._count(steps), self.most)
+            chosen = self.given if same and self.given else schedule_for(moments, self._count(steps), self.most)
             self._plans[key] = Plan(chosen, moments, self.most)
         return self._plans[key]
 

@@ -5,10 +5,11 @@ and G the mean products of these S + 1 tensors, averaged over entries, samples a
 linear, x_s = R[s, S] x_0 + sum_t R[s, t] v_t (`dita.response`). Whatever a run with skipped steps puts out is then a
 combination of the same S + 1 tensors, so that its distance from the full run is a quadratic form in G at any step.
 
-A skipped step s puts out sum_j w_j v_{a_j} over the newest anchors, sum_j w_j = 1. The weights are those that leave the
-least expected distance between the latents *after* the step and those of the full run: not those of the least error of
-the output itself. What the steps before fell short of is so made good as far as the anchors tell of it, where forecasts
-of single outputs all err to the same side, and the solver adds that up.
+A skipped step s puts out sum_j w_j v_{a_j} over the newest anchors, sum_j w_j = 1. The weights are not those of the
+least error of the output: they leave the least expected distance between the last latents and those of the full run,
+were all later outputs right. For solvers without a memory that is the distance right after the step. What the steps
+before fell short of is so made good as far as the anchors tell of it, where forecasts of single outputs all err to the
+same side, and the solver adds that up.
 
 A computed step sees latents that are off by d, and answers with v_s + f_s d and something in other directions, of the
 size k_s |d|. The mean feedback f_s is the regression of outputs on latents, <v_s, x_s> / <x_s, x_s>: about 0 for
@@ -122,16 +123,15 @@ class Tracker:
         return weights
 
     def _forecast(self, runs: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        s, response = self.now, self.moments.response
+        s, reach = self.now, self.moments.response[-1]
         anchors = self._anchors[runs]
         rows = np.flatnonzero(runs)[:, None]
         known = self._outputs[rows, np.maximum(anchors, 0)]
         newest = known[:, :1]
         apart = (known - newest)[:, 1:] * (anchors[:, 1:, None] >= 0)
-        own = response[s + 1, s]
         wanted = truth - newest[:, 0]
-        if abs(own) > 1e-12:
-            wanted = wanted - np.einsum("t,ptd->pd", response[s + 1, :s], self._errors[runs, :s]) / own
+        if abs(reach[s]) > 1e-12:
+            wanted = wanted - np.einsum("t,ptd->pd", reach[:s], self._errors[runs, :s]) / reach[s]
         gram = apart @ apart.transpose(0, 2, 1)
         size = np.einsum("pii->pi", gram)
         floor = RIDGE * size + 1e-12 * (1e-30 + size.sum(1, keepdims=True)) + (size == 0)

@@ -110,9 +110,9 @@ def test_tracker_is_least_squares_on_the_tensors_themselves() -> None:
         if s in computed:
             kept, latest = [outputs[s], *kept][:3], outputs[s]
         else:
-            # The latents after the step, with nothing put out in it, and what they lack.
-            before = response[s + 1, :s] @ torch.stack(used) + response[s + 1, 10] * outputs[10]
-            lack = (states[s + 1] - before) / response[s + 1, s]
+            # The last latents, were all later outputs right and nothing put out in this step, and what they lack.
+            before = response[10, :s] @ torch.stack(used) + response[10, s + 1 :] @ outputs[s + 1 :]
+            lack = (states[10] - before) / response[10, s]
             rest = torch.stack([k - kept[0] for k in kept[1:]], 1) if len(kept) > 1 else torch.zeros(400, 0).double()
             found = torch.linalg.lstsq(rest, (lack - kept[0])[:, None]).solution[:, 0] if len(kept) > 1 else rest[0]
             by_hand = torch.cat([1 - found.sum()[None], found])
@@ -150,7 +150,7 @@ def test_unrest_costs_what_no_weight_makes_good() -> None:
 @pytest.mark.parametrize("full", [2, 3, 4])
 def test_search_against_all_schedules(full: int) -> None:
     moments, _ = rough(9, 3)
-    every = [(0, *rest) for rest in itertools.combinations(range(1, 9), full - 1)]
+    every: list[tuple[int, ...]] = [(0, *rest) for rest in itertools.combinations(range(1, 9), full - 1)]
     errors = expected_error(moments, np.stack([as_mask(s, 9) for s in every]), 3)
     chosen, error = choose_anchors(moments, full, 3)
     assert len(chosen) == full and chosen[0] == 0 and list(chosen) == sorted(set(chosen))

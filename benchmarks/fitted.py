@@ -1,0 +1,304 @@
+"""The fitted forecast taken apart: what tracking, the search, anchors and calibration runs are each worth.
+
+    python benchmarks/fitted.py --model fashion-dit --threads 1 --out runs/fitted-dit
+
+PSNR to the plain run of the same seeds, on samples (and captions) that no calibration saw, with a 95 % bootstrap
+interval. First a gate: with every step computed the output is the plain run's, bit for bit. Then, chosen by `--parts`:
+
+budgets       for each number of computed steps: fitted; its weights on the best of several even schedules; weights of
+              the least error of each output ("local") on its schedule and on an even one; Taylor of order 1 and 2 on
+              the even one; all of these on the model's output; the plain sampler with as many steps
+anchors       1 to 6 anchors
+trajectories  1 to `--most` calibration runs
+other runs    other numbers of steps, guidance scales, schedulers and sizes than those of the calibration
+granularity   the same weights on the trunk's output in place of the model's
+
+The table of one part is written as results.json and results.md under `--out`. Times are not measured here: what a
+computed and a skipped step take is in the calibration, see `dita sweep` for speedups.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+import dita
+from dita.anatomy import Anatomy
+from dita.caching.anchors import as_mask, spread
+from dita.caching.engine import Recipe
+from dita.caching.fitted import Fitted
+from dita.caching.fitted_plan import Plan, Planner, schedule_for
+from dita.caching.fitted_table import FittedTable
+from dita.caching.fitting import Tracker, expected_error
+from dita.caching.forecast import taylor_weights
+from dita.caching.policy import View
+from dita.eval import load_pipeline
+from dita.eval.environment import code_version, device_name, library_versions
+from dita.eval.pipelines import pipeline_folder
+from dita.eval.sampling import Sampling, draw
+from dita.eval.task import task_of
+
+Row = dict[str, Any]
+PARTS = ("budgets", "anchors", "trajectories", "other runs", "granularity")
+
+
+class LocalTracker(Tracker):
+    """Weights of the least error of each output, whatever the steps before fell short of."""
+
+    def _forecast(self, runs: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        kept, self._errors = self._errors, np.zeros_like(self._errors)
+        found = super()._forecast(runs, truth)
+        self._errors = kept
+        return found
+
+
+class FixedPlan(Plan):
+    """Weights of some kind on a given schedule."""
+
+    kind = "tracking"
+
+    def _fit(self, past: tuple[bool | None, ...]) -> tuple[tuple[float, ...], float]:
+        seen = [step for step, computed in enumerate(past) if computed][::-1]
+        if self.kind.startswith("taylor"):
+            order = int(self.kind[-1])
+            return tuple(taylor_weights(len(past) - seen[0], seen[: order + 1])), 0.0
+        assert self.moments is not None
+        tracker = (LocalTracker if self.kind == "local" else Tracker)(self.moments, self.most)
+        for computed in past:
+            tracker.step([bool(computed)])
+        return tuple(tracker.step([False])[0][: len(tracker.anchors())]), 0.0
+
+
+class FixedPlanner(Planner):
+    """Hands out one plan."""
+
+    only: Plan
+
+    def plan(self, view: View) -> Plan:
+        return self.only
+
+
+@dataclass(frozen=True)
+class Variant(Fitted):
+    """A fitted forecast with a part of it exchanged."""
+
+    schedule: tuple[int, ...] = ()
+    kind: str = "tracking"
+    what: str = "model"
+
+    name: ClassVar[str] = "fitted variant"
+
+    def planner(self, table: FittedTable | None, full: int, speedup: float) -> Planner:
+        assert table is not None
+        planner = FixedPlanner(table, len(self.schedule), 1.0, self.anchors)
+        planner.only = FixedPlan(self.schedule, table.moments, self.anchors)
+        planner.only.kind = self.kind
+        return planner
+
+    def recipe(self, anatomy: Anatomy) -> Recipe:
+        return replace(super().recipe(anatomy), what=self.what)
+
+
+class Lab:
+    """One pipeline, the samples that are compared, and its calibrations."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.pipe: Any = load_pipeline(arguments.model)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.task = task_of(pipeline_folder(arguments.model))
+        self.call = {**self.task.call, **json.loads(arguments.call)}
+        self.steps = arguments.steps or self.task.steps
+        self.samples, self.batch, self.runs = arguments.samples, arguments.batch, arguments.calibration
+        self._plain: dict[Any, torch.Tensor] = {}
+        self.seconds = 0.0
+        self.fitted = self.calibrate(self.runs)
+
+    def sampling(self, samples: int, seed: int, guidance: float | None = None) -> Sampling:
+        guided = self.task.guidance if guidance is None else guidance
+        return Sampling(samples, self.batch, self.steps, guided, seed, self.task.prompts(samples, seed), self.call)
+
+    def calibrate(self, runs: int) -> Fitted:
+        known = self.sampling(runs, 7)
+        calls = [lambda pipe, part=part: draw(pipe, known, part).media for part in known.batches()]
+        began = time.perf_counter()
+        fitted = dita.calibrate(self.pipe, calls=calls)
+        self.seconds = time.perf_counter() - began
+        assert isinstance(fitted, Fitted)
+        return fitted
+
+    def drawn(self, steps: int, guidance: float | None = None) -> torch.Tensor:
+        sampling = self.sampling(self.samples, 777, guidance)
+        return torch.cat([draw(self.pipe, sampling, part, steps).media for part in sampling.batches()])
+
+    def plain(self, steps: int, guidance: float | None = None) -> torch.Tensor:
+        key = (steps, guidance, type(self.pipe.scheduler).__name__, json.dumps(self.call))
+        if key not in self._plain:
+            self._plain[key] = self.drawn(steps, guidance)
+        return self._plain[key]
+
+    def measure(self, method: Any, steps: int = 0, guidance: float | None = None, against: int = 0) -> Row:
+        steps = steps or self.steps
+        wanted = self.plain(against or steps, guidance)
+        if method is None:
+            return {"computed": steps, **psnr(self.drawn(steps, guidance), wanted)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", dita.DitaWarning)
+            with dita.accelerated(self.pipe, method):
+                found = self.drawn(steps, guidance)
+                computed = dita.report(self.pipe).runs[-1].computed_steps
+        return {"computed": len(computed), **psnr(found, wanted)}
+
+
+def psnr(found: torch.Tensor, wanted: torch.Tensor) -> Row:
+    """Mean PSNR in dB over samples, and its 95 % bootstrap interval."""
+    errors = (found - wanted).square().flatten(1).mean(1).clamp_min(1e-12).numpy()
+    each = -10 * np.log10(errors)
+    again = np.random.default_rng(0).choice(each, (2000, len(each))).mean(1)
+    low, high = np.quantile(again, [0.025, 0.975])
+    return {"psnr": float(each.mean()), "low": float(low), "high": float(high)}
+
+
+def even_schedules(steps: int, full: int) -> Iterator[tuple[int, ...]]:
+    """An even interval after a warm-up of 1, 2, 3 or 5 steps."""
+    for warmup in (1, 2, 3, 5):
+        if warmup < full:
+            rest = spread(steps - warmup + 1, full - warmup + 1)
+            yield (*range(warmup - 1), *(warmup - 1 + step for step in rest))
+
+
+def budgets(lab: Lab, counts: list[int]) -> Iterator[Row]:
+    fitted, table = lab.fitted, lab.fitted.table
+    assert table is not None
+    for full in counts:
+        yield {"variant": "fitted", "full": full, **lab.measure(replace(fitted, full=full))}
+        chosen = tuple(sorted(lab_schedule(lab, full)))
+        even = sorted(set(even_schedules(lab.steps, full)))
+        rows = [lab.measure(variant(fitted, schedule)) for schedule in even]
+        best = max(rows, key=lambda row: row["psnr"])
+        yield {"variant": "tracking weights, best even schedule", "full": full, **best}
+        row = lab.measure(variant(fitted, chosen, "local"))
+        yield {"variant": "local weights, fitted schedule", "full": full, **row}
+        masks = np.stack([as_mask(schedule, lab.steps) for schedule in even])
+        likely = even[int(expected_error(table.moments, masks, fitted.anchors).argmin())]
+        for kind in ("local", "taylor 1", "taylor 2"):
+            label = f"{kind}, even schedule"
+            yield {"variant": label, "full": full, **lab.measure(variant(fitted, likely, kind))}
+        yield {"variant": "plain sampler", "full": full, **lab.measure(None, full, against=lab.steps)}
+
+
+def lab_schedule(lab: Lab, full: int) -> frozenset[int]:
+    """The schedule that the fit chooses."""
+    assert lab.fitted.table is not None
+    return frozenset(schedule_for(lab.fitted.table.moments, full, lab.fitted.anchors))
+
+
+def variant(fitted: Fitted, schedule: tuple[int, ...], kind: str = "tracking", what: str = "model") -> Variant:
+    """A setting with a schedule and weights of its own."""
+    return Variant(anchors=fitted.anchors, table=fitted.table, schedule=schedule, kind=kind, what=what)
+
+
+def anchors(lab: Lab, counts: list[int]) -> Iterator[Row]:
+    for full in counts:
+        for most in range(1, 7):
+            row = lab.measure(replace(lab.fitted, full=full, anchors=most))
+            yield {"variant": f"{most} anchors", "full": full, **row}
+
+
+def trajectories(lab: Lab, counts: list[int], most: int) -> Iterator[Row]:
+    runs = 1
+    while runs <= most:
+        fitted = lab.calibrate(runs)
+        for full in counts:
+            row = lab.measure(replace(fitted, full=full))
+            yield {"variant": f"{runs} trajectories", "full": full, "calibration seconds": lab.seconds, **row}
+        runs *= 2
+
+
+def other_runs(lab: Lab, counts: list[int]) -> Iterator[Row]:
+    for share in (0.5, 0.6, 0.8, 1.0, 1.5):
+        steps = round(lab.steps * share)
+        for full in [count for count in counts if count < steps]:
+            row = lab.measure(replace(lab.fitted, full=full), steps)
+            yield {"variant": f"{steps} steps, calibrated at {lab.steps}", "full": full, **row}
+    for scale in (1.0, 0.5, 1.5, 2.0):
+        guidance = lab.task.guidance * scale
+        for full in counts:
+            row = lab.measure(replace(lab.fitted, full=full), 0, guidance)
+            yield {"variant": f"guidance {guidance:g}, calibrated at {lab.task.guidance:g}", "full": full, **row}
+
+
+def granularity(lab: Lab, counts: list[int]) -> Iterator[Row]:
+    for full in counts:
+        chosen = tuple(sorted(lab_schedule(lab, full)))
+        for what in ("model", "trunk"):
+            row = lab.measure(variant(lab.fitted, chosen, what=what))
+            yield {"variant": f"output of the {what}", "full": full, **row}
+
+
+def written(rows: list[Row]) -> str:
+    """Rows as a table: variants down, computed steps across."""
+    counts = sorted({row["full"] for row in rows})
+    lines = [f"| PSNR dB, computed steps: | {' | '.join(map(str, counts))} |", "|---|" + "---:|" * len(counts)]
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        cells = []
+        for count in counts:
+            row = next((r for r in rows if r["variant"] == name and r["full"] == count), None)
+            cells.append("" if row is None else f"{row['psnr']:.1f} ({row['low']:.1f} to {row['high']:.1f})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run the parts asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="fashion-dit")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--full", type=int, nargs="+", default=[8, 10, 12, 16, 20], help="computed steps")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--calibration", type=int, default=4, help="calibration runs")
+    parser.add_argument("--most", type=int, default=64, help="calibration runs, at most, for `trajectories`")
+    parser.add_argument("--steps", type=int, default=0, help="of a run; 0 for the pipeline's own number")
+    parser.add_argument("--call", default="{}", help="further arguments of the pipeline's call, as JSON")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/fitted"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    lab = Lab(arguments)
+    everything = lab.measure(replace(lab.fitted, full=lab.steps))
+    if everything["psnr"] < 119 or everything["computed"] != lab.steps:
+        raise SystemExit(f"gate: with every step computed the output differs from the plain run's: {everything}")
+    counts = arguments.full
+    makers: dict[str, Callable[[], Iterator[Row]]] = {
+        "budgets": lambda: budgets(lab, counts),
+        "anchors": lambda: anchors(lab, counts),
+        "trajectories": lambda: trajectories(lab, counts, arguments.most),
+        "other runs": lambda: other_runs(lab, counts),
+        "granularity": lambda: granularity(lab, counts),
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    head = {"model": arguments.model, "steps": lab.steps, "samples": lab.samples, "calibration": lab.runs}
+    head |= {"calibration seconds": lab.seconds, "call": lab.call, "threads": arguments.threads}
+    head |= {"device": device_name(torch.device("cpu")), "code": code_version(), "versions": library_versions()}
+    found: dict[str, list[Row]] = {}
+    for part in arguments.parts:
+        found[part] = []
+        for row in makers[part]():
+            print(part, row, flush=True)
+            found[part].append(row)
+            (arguments.out / "results.json").write_text(json.dumps({**head, "parts": found}, indent=1) + "\n")
+        text = "".join(f"## {name}\n\n{written(rows)}\n" for name, rows in found.items())
+        (arguments.out / "results.md").write_text(f"# Fitted on {arguments.model}\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()
