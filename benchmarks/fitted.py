@@ -9,6 +9,7 @@ budgets       for each number of computed steps: fitted; its weights on the best
               the least error of each output ("local") on its schedule and on an even one; Taylor of order 1 and 2 on
               the even one; all of these on the model's output; the plain sampler with as many steps
 anchors       1 to 6 anchors
+warm-up       1 to 5 first steps computed in any case
 trajectories  1 to `--most` calibration runs
 other runs    other numbers of steps, guidance scales, schedulers and sizes than those of the calibration
 granularity   the same weights on the trunk's output in place of the model's
@@ -48,7 +49,7 @@ from dita.eval.sampling import Sampling, draw
 from dita.eval.task import task_of
 
 Row = dict[str, Any]
-PARTS = ("budgets", "anchors", "trajectories", "other runs", "granularity")
+PARTS = ("budgets", "anchors", "warm-up", "trajectories", "other runs", "granularity")
 
 
 class LocalTracker(Tracker):
@@ -198,7 +199,7 @@ def budgets(lab: Lab, counts: list[int]) -> Iterator[Row]:
 def lab_schedule(lab: Lab, full: int) -> frozenset[int]:
     """The schedule that the fit chooses."""
     assert lab.fitted.table is not None
-    return frozenset(schedule_for(lab.fitted.table.moments, full, lab.fitted.anchors))
+    return frozenset(schedule_for(lab.fitted.table.moments, full, lab.fitted.anchors, lab.fitted.warmup))
 
 
 def variant(fitted: Fitted, schedule: tuple[int, ...], kind: str = "tracking", what: str = "model") -> Variant:
@@ -211,6 +212,13 @@ def anchors(lab: Lab, counts: list[int]) -> Iterator[Row]:
         for most in range(1, 7):
             row = lab.measure(replace(lab.fitted, full=full, anchors=most))
             yield {"variant": f"{most} anchors", "full": full, **row}
+
+
+def warmups(lab: Lab, counts: list[int]) -> Iterator[Row]:
+    for full in counts:
+        for warmup in (1, 2, 3, 4, 5):
+            row = lab.measure(replace(lab.fitted, full=full, warmup=warmup))
+            yield {"variant": f"warm-up {warmup}", "full": full, **row}
 
 
 def trajectories(lab: Lab, counts: list[int], most: int) -> Iterator[Row]:
@@ -262,7 +270,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="fashion-dit")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--full", type=int, nargs="+", default=[8, 10, 12, 16, 20], help="computed steps")
+    parser.add_argument("--full", type=int, nargs="+", default=[6, 8, 10, 12, 14, 16, 20, 25], help="computed steps")
+    parser.add_argument("--few", type=int, nargs="+", default=[8, 12, 16], help="the same, for all parts but `budgets`")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--calibration", type=int, default=4, help="calibration runs")
@@ -277,10 +286,11 @@ def main() -> None:
     everything = lab.measure(replace(lab.fitted, full=lab.steps))
     if everything["psnr"] < 119 or everything["computed"] != lab.steps:
         raise SystemExit(f"gate: with every step computed the output differs from the plain run's: {everything}")
-    counts = arguments.full
+    counts = arguments.few
     makers: dict[str, Callable[[], Iterator[Row]]] = {
-        "budgets": lambda: budgets(lab, counts),
+        "budgets": lambda: budgets(lab, arguments.full),
         "anchors": lambda: anchors(lab, counts),
+        "warm-up": lambda: warmups(lab, counts),
         "trajectories": lambda: trajectories(lab, counts, arguments.most),
         "other runs": lambda: other_runs(lab, counts),
         "granularity": lambda: granularity(lab, counts),

@@ -31,6 +31,7 @@ import dita
 from dita import registry
 from dita.config import Method
 from dita.errors import DitaError
+from dita.eval.environment import code_version, device_name, library_versions
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import exact_problems as exact  # noqa: E402
@@ -186,6 +187,18 @@ def markdown(title: str, rows: Sequence[Row], columns: Sequence[str]) -> str:
     return "\n".join([*lines, ""])
 
 
+def heading(setup: Row) -> str:
+    """Where and with what the tables were measured.
+
+    Example:
+        >>> heading({"device": "cpu: X", "threads": 1, "code": "0.1", "versions": {"torch": "2.9"}, "batch": 8})
+        'cpu: X, 1 threads, dita 0.1, torch 2.9; float64, 8 samples.'
+    """
+    versions = ", ".join(f"{name} {version}" for name, version in setup["versions"].items())
+    machine = f"{setup['device']}, {setup['threads']} threads, dita {setup['code']}"
+    return f"{machine}, {versions}; float64, {setup['batch']} samples."
+
+
 def shown(value: Any) -> str:
     """A value as a table shows it.
 
@@ -218,14 +231,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("gate not passed:", *wrong, sep="\n  ")
         return 1
     errors = at_equal_calls(names, args.calls, args.batch)
-    text = markdown("Order of convergence", orders, ("solver", "method", "setting", "expected", "order", "errors"))
+    setup = {
+        "device": device_name("cpu"),
+        "threads": torch.get_num_threads(),
+        "code": code_version(),
+        "versions": library_versions(),
+        "batch": args.batch,
+    }
+    text = f"# Solvers on problems with a known solution\n\n{heading(setup)}\n\n"
+    text += markdown(
+        "Order of convergence", orders, ("solver", "method", "setting", "expected", "order", "steps", "errors")
+    )
     columns = ("solver", "method", "setting", "steps", "calls", "rows", "error", "plain_error")
     text += "\n" + markdown("Error at equal calls", errors, columns)
     print(text)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "solvers.md").write_text(text)
-        (args.out / "solvers.json").write_text(json.dumps({"order": orders, "calls": errors}, indent=1) + "\n")
+        found = {**setup, "order": orders, "calls": errors}
+        (args.out / "solvers.json").write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

@@ -43,9 +43,7 @@ def as_mask(schedule: tuple[int, ...], steps: int) -> np.ndarray:
     return mask
 
 
-def choose_anchors(
-    moments: Moments, full: int, most: int, starts: tuple[tuple[int, ...], ...] = ()
-) -> tuple[tuple[int, ...], float]:
+def choose_anchors(moments: Moments, full: int, most: int, warmup: int = 1) -> tuple[tuple[int, ...], float]:
     """The steps to compute, as many as given, that leave the least expected error of the last latents.
 
     From several starts, anchors are moved by up to three steps, one a round, whichever lowers the error most, until
@@ -55,7 +53,7 @@ def choose_anchors(
         moments: of full runs.
         full: steps computed, from 1 to all.
         most: anchors a forecast may use.
-        starts: schedules to start from besides evenly and unevenly spread ones.
+        warmup: first steps that are computed in any case, at most half of `full`.
 
     Returns:
         the steps, rising from 0, and the expected mean squared error of the last latents, see `expected_error`.
@@ -66,17 +64,20 @@ def choose_anchors(
         >>> choose_anchors(Moments(np.outer(outputs, outputs), euler, np.zeros(6)), 3, 1)[0]
         (0, 1, 2)
     """
-    steps = moments.steps
-    found = {s for s in starts if len(s) == full} | {spread(steps, full, power) for power in (1.0, 1.3, 1.7)}
-    ends = [_descend(moments, start, most) for start in sorted(found)]
+    steps, kept = moments.steps, max(1, min(warmup, full // 2))
+    starts = set()
+    for power in (1.0, 1.3, 1.7):
+        rest = spread(steps - kept + 1, full - kept + 1, power)
+        starts.add((*range(kept - 1), *(kept - 1 + step for step in rest)))
+    ends = [_descend(moments, start, most, kept) for start in sorted(starts)]
     return min(ends, key=lambda end: (end[1], end[0]))
 
 
-def _descend(moments: Moments, start: tuple[int, ...], most: int) -> tuple[tuple[int, ...], float]:
+def _descend(moments: Moments, start: tuple[int, ...], most: int, kept: int) -> tuple[tuple[int, ...], float]:
     steps = moments.steps
     best, error = start, float(expected_error(moments, as_mask(start, steps)[None], most)[0])
     for _ in range(_ROUNDS):
-        moves = sorted(set(_moves(best, steps)))
+        moves = sorted(set(_moves(best, steps, kept)))
         if not moves:
             break
         errors = expected_error(moments, np.stack([as_mask(move, steps) for move in moves]), most)
@@ -87,9 +88,9 @@ def _descend(moments: Moments, start: tuple[int, ...], most: int) -> tuple[tuple
     return best, error
 
 
-def _moves(schedule: tuple[int, ...], steps: int):
+def _moves(schedule: tuple[int, ...], steps: int, kept: int):
     taken = set(schedule)
-    for number, anchor in enumerate(schedule[1:], 1):
+    for number, anchor in enumerate(schedule[kept:], kept):
         for by in (*range(-_REACH, 0), *range(1, _REACH + 1)):
             if 0 < anchor + by < steps and anchor + by not in taken:
                 yield tuple(sorted((*schedule[:number], anchor + by, *schedule[number + 1 :])))

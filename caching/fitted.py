@@ -48,6 +48,8 @@ class Fitted(CalibratedMethod):
         speedup: of a whole run, by what steps cost in the calibration; 1 computes all; 0 for that of the calibration
             file, else 3.
         anchors: computed outputs that a forecast may use, 1 to 6.
+        warmup: first steps that are computed in any case, where at least twice as many are computed in all: what is to
+            be shown is decided there, and a few samples take errors then much worse than others.
         gate: how many times the expected error, in amplitude, a sample's forecasts may be off before more of its steps
             are computed, see `dita.caching.fitted_gate`; above 1, or 0 for no gate. The samples of a batch are computed
             together.
@@ -66,13 +68,14 @@ class Fitted(CalibratedMethod):
     full: int = 0
     speedup: float = 0.0
     anchors: int = 5
+    warmup: int = 3
     gate: float = 0.0
     calibration: str = ""
     table: FittedTable | None = field(default=None, repr=False)
 
     name: ClassVar[str] = "fitted"
     title: ClassVar[str] = "Fitted"
-    arxiv: ClassVar[str] = "none"
+    arxiv: ClassVar[str] = "dita"
     axes: ClassVar[str] = "model output; steps searched for; weights of each step fitted to track the full run"
     seams: ClassVar[frozenset[str]] = frozenset({"model"})
     table_kind: ClassVar[type[Table]] = FittedTable
@@ -93,6 +96,7 @@ class Fitted(CalibratedMethod):
             raise DitaError(
                 f"speedup is {self.speedup!r}; expected a number of at least 1, or 0 for the calibrated one"
             )
+        check_whole("warmup", self.warmup, 1)
         check_number("gate", self.gate, 0)
         if 0 < self.gate <= 1:
             raise DitaError(f"gate is {self.gate!r}; expected a number above 1, or 0 for none")
@@ -131,11 +135,11 @@ class Fitted(CalibratedMethod):
         table, full, speedup = self.fit
         if not self.gate or table is None:
             return None
-        return Gate(table, full or table.full_for(speedup, table.steps), self.anchors, self.gate)
+        return Gate(table, full or table.full_for(speedup, table.steps), self.anchors, self.warmup, self.gate)
 
     def planner(self, table: FittedTable | None, full: int, speedup: float) -> Planner:
         """What plans the runs of one model."""
-        return Planner(table, full, speedup, self.anchors)
+        return Planner(table, full, speedup, self.anchors, self.warmup)
 
     def coarser(self) -> Fitted | None:
         """One anchor less."""
@@ -196,7 +200,9 @@ class Fitted(CalibratedMethod):
         table, full, speedup = self.fit
         if table is None:
             raise DitaError("there is no fit to save; dita.calibrate measures one")
-        table.save(path, {"full": full, "speedup": 0.0 if full else speedup, "anchors": self.anchors})
+        table.save(
+            path, {"full": full, "speedup": 0.0 if full else speedup, "anchors": self.anchors, "warmup": self.warmup}
+        )
 
     @classmethod
     def disabled(cls) -> Fitted:
@@ -220,7 +226,7 @@ class _Probing(Fitted):
 
     def planner(self, table: FittedTable | None, full: int, speedup: float) -> Planner:
         assert table is not None
-        return Planner(table, 0, 1.0, self.anchors, spread(table.steps, max(2, table.steps // 3), 1.7))
+        return Planner(table, 0, 1.0, self.anchors, given=spread(table.steps, max(2, table.steps // 3), 1.7))
 
 
 def _nothing(view: View) -> None:

@@ -53,12 +53,13 @@ class Gate(Loop):
         table: the fit; runs of other timesteps are left alone.
         full: steps computed.
         most: anchors of a forecast.
+        warmup: first steps that are computed in any case.
         limit: above 1.
     """
 
-    def __init__(self, table: FittedTable, full: int, most: int, limit: float) -> None:
+    def __init__(self, table: FittedTable, full: int, most: int, warmup: int, limit: float) -> None:
         self.table, self.most, self.limit = table, most, limit
-        self.schedule = schedule_for(table.moments, full, most)
+        self.schedule = schedule_for(table.moments, full, most, warmup)
         self._fits: dict[tuple[int, ...], tuple[np.ndarray, float]] = {}
         self._alike, self._extra = False, set[int]()
         self._kept: list[tuple[int, torch.Tensor]] = []

@@ -15,14 +15,14 @@ from dita.caching.policy import Policy, Verdict, View
 from dita.seams import Features, Position, Site
 
 _KEPT = 64
-_SCHEDULES: OrderedDict[tuple[bytes, bytes, bytes, int, int], tuple[int, ...]] = OrderedDict()
+_SCHEDULES: OrderedDict[tuple[bytes, bytes, bytes, int, int, int], tuple[int, ...]] = OrderedDict()
 
 
-def schedule_for(moments: Moments, full: int, most: int) -> tuple[int, ...]:
+def schedule_for(moments: Moments, full: int, most: int, warmup: int) -> tuple[int, ...]:
     """`choose_anchors`, remembered: attaching the same fit again searches nothing."""
-    key = (moments.gram.tobytes(), moments.response.tobytes(), moments.unrest.tobytes(), full, most)
+    key = (moments.gram.tobytes(), moments.response.tobytes(), moments.unrest.tobytes(), full, most, warmup)
     if key not in _SCHEDULES:
-        _SCHEDULES[key] = choose_anchors(moments, full, most)[0]
+        _SCHEDULES[key] = choose_anchors(moments, full, most, warmup)[0]
         while len(_SCHEDULES) > _KEPT:
             _SCHEDULES.popitem(last=False)
     return _SCHEDULES[key]
@@ -75,13 +75,21 @@ class Planner:
         full: steps computed; 0 for as many as `speedup` leaves.
         speedup: of the run, by the calibrated seconds.
         most: anchors a forecast may use.
+        warmup: first steps that are computed in any case.
         given: the schedule of runs like the calibrated one; () to choose it.
     """
 
     def __init__(
-        self, table: FittedTable | None, full: int, speedup: float, most: int, given: tuple[int, ...] = ()
+        self,
+        table: FittedTable | None,
+        full: int,
+        speedup: float,
+        most: int,
+        warmup: int = 1,
+        given: tuple[int, ...] = (),
     ) -> None:
-        self.table, self.full, self.speedup, self.most, self.given = table, full, speedup, most, given
+        self.table, self.full, self.speedup = table, full, speedup
+        self.most, self.warmup, self.given = most, warmup, given
         self._plans: dict[object, Plan] = {}
 
     def plan(self, view: View) -> Plan:
@@ -97,7 +105,8 @@ class Planner:
         if key not in self._plans:
             response = self.table.moments.response if same else schedule.measure()
             moments = self.table.at(schedule.timesteps, response)
-            chosen = self.given if same and self.given else schedule_for(moments, self._count(steps), self.most)
+            chosen = self.given if same else ()
+            chosen = chosen or schedule_for(moments, self._count(steps), self.most, self.warmup)
             self._plans[key] = Plan(chosen, moments, self.most)
         return self._plans[key]
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dita.errors import DitaError, DitaWarning
 
 if TYPE_CHECKING:
+    from dita.adapter import accelerate_model
     from dita.calibration import calibrate, load_method
     from dita.config import Method
     from dita.overview import methods
@@ -32,6 +33,7 @@ _HOMES = {
     "RunReport": "dita.reporting",
     "StepRecord": "dita.reporting",
     "SupportReport": "dita.support",
+    "accelerate_model": "dita.adapter",
     "accelerate_pipeline": "dita.session",
     "accelerated": "dita.session",
     "calibrate": "dita.calibration",
@@ -51,6 +53,7 @@ __all__ = [
     "RunReport",
     "StepRecord",
     "SupportReport",
+    "accelerate_model",
     "accelerate_pipeline",
     "accelerated",
     "calibrate",

@@ -1,23 +1,19 @@
-"""The parts of one transformer: blocks in execution order, spans, and the modules inside blocks."""
+"""The parts of one transformer: blocks in execution order, spans, and what is inside blocks."""
 
 from __future__ import annotations
 
 import inspect
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from dita.discovery import block_entry, model_entry
+from dita.discovery import block_entry, is_refused, model_entry
 from dita.errors import DitaError
-from dita.models import PARALLEL_PARTS, PARALLEL_PROJECTION, BlockEntry
+from dita.models import BlockEntry, ModelEntry
+from dita.parts import ModulePart, first_attention, inner_of, linears_of, modules_of
 from dita.seams import Features, Site
-
-_TEXT_NAME = re.compile(r"^(txt_.*|.*_context)$")
-_ROW_WISE = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
-_MODULE_NAME = re.compile(r"^(attn\d*|attention|self_attn|cross_attn|ff|ffn|mlp|ff_context|.*_attn|.*_mlp)$")
 
 
 @dataclass(frozen=True)
@@ -53,31 +49,8 @@ class Block:
         """A return value made of streams."""
         hidden, encoder = streams
         if len(self.entry.returns) == 1:
-            return hidden
+            return (hidden,) if self.entry.wrapped else hidden
         return tuple(hidden if name == "hidden" else encoder for name in self.entry.returns)
-
-
-@dataclass(frozen=True)
-class ModulePart:
-    """A module inside a block, and the modules that only feed it."""
-
-    site: Site
-    module: nn.Module
-    feeders: tuple[nn.Module, ...] = ()
-
-    @property
-    def row_wise(self) -> bool:
-        """Each row of its output depends on the same row of its one input alone, as far as its structure tells.
-
-        Example:
-            >>> mlp, mixer = nn.Sequential(nn.Linear(2, 4), nn.GELU()), nn.Conv1d(2, 2, 3)
-            >>> [ModulePart(Site("module", "m", role="mlp"), module).row_wise for module in (mlp, mixer)]
-            [True, False]
-        """
-        if self.site.role not in ("mlp", "linear") or self.feeders:
-            return False
-        holders = [m for m in self.module.modules() if next(m.parameters(recurse=False), None) is not None]
-        return bool(holders) and all(isinstance(m, _ROW_WISE) or "Norm" in type(m).__name__ for m in holders)
 
 
 @dataclass(frozen=True)
@@ -114,7 +87,7 @@ class Anatomy:
     @property
     def text_at(self) -> str:
         """Where text tokens stand in joint attention: "first", "last", or "" for nowhere or unknown."""
-        return next((block.entry.text for block in self.blocks if "encoder" in block.entry.returns), "")
+        return next((block.entry.text for block in self.blocks if block.entry.text), "")
 
     def span(self, first: int, last: int) -> Site:
         """The site of blocks first..last, both included."""
@@ -129,7 +102,7 @@ class Anatomy:
             DitaError: the block has no attention by that name.
         """
         block = self.blocks[number]
-        if not any("attn" in name or "attention" in name for name, _ in block.module.named_children()):
+        if first_attention(block.module) is None:
             raise DitaError(f"{block.path} of {self.name} holds no attention module: there is no modulated input")
         return Site("entry", f"entry of {block.path}", number, number)
 
@@ -162,7 +135,9 @@ class Anatomy:
     @property
     def attention_sites(self) -> tuple[Site, ...]:
         """Self- and joint attention inside the blocks, in execution order: where tokens of the image see each other."""
-        parts = [p for p in (*self.modules, *self.inner) if p.site.role == "attention" and not p.site.text]
+        parts = [
+            p for p in (*self.modules, *self.inner) if p.site.role == "attention" and not p.site.text and not p.other
+        ]
         return tuple(attention_site(part.site) for part in sorted(parts, key=lambda part: part.site.block))
 
     @property
@@ -178,11 +153,21 @@ class Anatomy:
             Site("input", f"input of {b.path}", b.number, b.number, block=b.number, role="block") for b in self.blocks
         )
 
+    def why_not(self, seam: str) -> str | None:
+        """Why a seam is missing; None if it is there.
+
+        Example:
+            >>> describe(nn.Linear(2, 2)).why_not("model") is None
+            True
+        """
+        if seam != "attention" or seam in self.reasons or self.attention_sites:
+            return self.reasons.get(seam)
+        others = [p.other for p in (*self.modules, *self.inner) if p.site.role == "attention" and p.other]
+        return (*others, self.reasons.get("module", "no self- or joint attention was recognised inside its blocks"))[0]
+
     def require(self, seam: str, method: str) -> None:
         """Raise `DitaError` with the reason if the seam is missing."""
-        why = self.reasons.get(seam)
-        if seam == "attention" and not self.attention_sites:
-            why = self.reasons.get("module", "no self- or joint attention was recognised inside its blocks")
+        why = self.why_not(seam)
         if why is not None:
             raise DitaError(
                 f"{method} needs the {seam} seam, which {self.name} does not offer: {why}; "
@@ -222,71 +207,45 @@ def describe(model: nn.Module) -> Anatomy:
     """
     entry, why = model_entry(model)
     if entry is None:
-        return Anatomy(model, "", reasons={"block": why, "module": why})
+        refused = {"model": why, "attention": why} if is_refused(type(model)) else {}
+        return Anatomy(model, "", reasons={"block": why, "module": why, **refused})
     blocks: list[Block] = []
-    for list_name in entry.block_lists:
-        for number, module in enumerate(getattr(model, list_name)):
-            shape, why = block_entry(type(module))
-            if shape is None:
-                return Anatomy(model, entry.family, reasons={"block": why, "module": why})
-            parameters = tuple(inspect.signature(type(module).forward).parameters)[1:]
-            blocks.append(Block(len(blocks), f"{list_name}.{number}", module, shape, parameters))
-    modules = tuple(part for block in blocks for part in _modules_of(block))
+    for path, module in _in_order(model, entry):
+        shape, why = block_entry(module)
+        if shape is None:
+            return Anatomy(model, entry.family, reasons={"block": why, "module": why})
+        parameters = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        blocks.append(Block(len(blocks), path, module, shape, parameters))
+    modules = tuple(part for block in blocks for part in modules_of(block))
     reasons = {} if modules else {"module": "no attention or MLP module was recognised inside its blocks"}
-    inner = tuple(part for block in blocks for part in _inner_of(block))
-    linears = tuple(part for block in blocks for part in _linears_of(block))
+    inner = tuple(part for block in blocks for part in inner_of(block))
+    linears = tuple(part for block in blocks for part in linears_of(block))
     bare = Anatomy(model, entry.family, tuple(blocks))
-    segments = tuple(bare.span(first, last) for first, last in _segments(blocks))
+    tail = int(getattr(model, entry.tail, 0)) if entry.tail else 0
+    segments = tuple(bare.span(first, last) for first, last in _segments(blocks, entry.alone, tail))
     return Anatomy(
         model, entry.family, tuple(blocks), segments, modules, inner, linears, reasons, entry.text_used_after
     )
 
 
-def _segments(blocks: list[Block]) -> list[tuple[int, int]]:
+def _in_order(model: nn.Module, entry: ModelEntry) -> list[tuple[str, nn.Module]]:
+    """Blocks as they are run, with their paths."""
+    lists = [
+        [(f"{path}.{number}", module) for number, module in enumerate(model.get_submodule(path).children())]
+        for path in entry.block_lists
+    ]
+    if entry.in_turn:
+        return [block for turn in zip(*lists, strict=False) for block in turn]
+    return [block for blocks in lists for block in blocks]
+
+
+def _segments(blocks: list[Block], alone: bool, tail: int) -> list[tuple[int, int]]:
+    """Cut where the streams change, and where another list may read another single stream."""
     cuts = [0]
     for before, after in zip(blocks, blocks[1:], strict=False):
-        if set(before.entry.returns) != set(after.entry.returns):
+        lists = [block.path.rpartition(".")[0] for block in (before, after)]
+        other_list = lists[0] != lists[1] and "encoder" not in after.entry.returns
+        differ = set(before.entry.returns) != set(after.entry.returns)
+        if differ or other_list or alone or after.number == len(blocks) - tail:
             cuts.append(after.number)
     return [(start, end - 1) for start, end in zip(cuts, [*cuts[1:], len(blocks)], strict=True)]
-
-
-def _linears_of(block: Block) -> list[ModulePart]:
-    children = dict(block.module.named_children())
-    parallel = PARALLEL_PROJECTION in children and all(name in children for name in PARALLEL_PARTS)
-    parts = []
-    for name, child in children.items():
-        if not _MODULE_NAME.match(name) and not (parallel and name in (*PARALLEL_PARTS, PARALLEL_PROJECTION)):
-            continue
-        for inner, module in child.named_modules():
-            if isinstance(module, nn.Linear):
-                path = ".".join(filter(None, (block.path, name, inner)))
-                parts.append(ModulePart(Site("module", path, block=block.number, role="linear"), module))
-    return parts
-
-
-def _inner_of(block: Block) -> list[ModulePart]:
-    children = dict(block.module.named_children())
-    if PARALLEL_PROJECTION not in children or not all(name in children for name in PARALLEL_PARTS):
-        return []
-    name = PARALLEL_PARTS[0]
-    return [ModulePart(Site("module", f"{block.path}.{name}", block=block.number, role="attention"), children[name])]
-
-
-def _modules_of(block: Block) -> list[ModulePart]:
-    children = dict(block.module.named_children())
-    if PARALLEL_PROJECTION in children and all(name in children for name in PARALLEL_PARTS):
-        site = Site("module", f"{block.path}.{PARALLEL_PROJECTION}", block=block.number, role="parallel")
-        return [ModulePart(site, children[PARALLEL_PROJECTION], tuple(children[name] for name in PARALLEL_PARTS))]
-    parts = []
-    for name, child in children.items():
-        if _MODULE_NAME.match(name) and not isinstance(child, (nn.ModuleList, nn.Identity)):
-            role = "attention" if "attn" in name or name == "attention" else "mlp"
-            # A block that reads the text but does not pass it on has it read by its second attention.
-            reads_text = "encoder" not in block.entry.returns and block.entry.encoder in block.parameters
-            crossing = name == "cross_attn" or (name == "attn2" and reads_text)
-            if role == "attention" and (crossing or getattr(child, "is_cross_attention", False)):
-                role = "cross-attention"
-            text = _TEXT_NAME.match(name) is not None
-            site = Site("module", f"{block.path}.{name}", block=block.number, role=role, text=text)
-            parts.append(ModulePart(site, child))
-    return parts

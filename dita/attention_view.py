@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from dita.flex import is_flex, of_flex, uncompiled
 
 _ELEMENTS = 2**22  # of the attention map that are held at a time
 
@@ -69,9 +73,11 @@ class Attended:
             mask = self.mask + bias
         return replace(self, mask=mask)
 
-    @property
+    @cached_property
     def key_mask(self) -> torch.Tensor | None:
         """The mask as bool [B, M], True for keys that count, where it is the same for all queries and heads; else None.
+
+        Queries that see no key at all are padding, and may differ.
 
         Example:
             >>> q = torch.zeros(1, 2, 3, 4)
@@ -79,12 +85,18 @@ class Attended:
             tensor([[ True,  True, False]])
         """
         mask = self.mask
-        if mask is None or mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != 1:
+        if mask is None or mask.ndim != 4:
             return None
+        # Rows that are one row in memory need not be compared.
+        mask = mask[:, :1] if mask.stride(1) == 0 else mask
+        mask = mask[:, :, :1] if mask.stride(2) == 0 else mask
         allowed = mask if mask.dtype == torch.bool else mask > -1e4
         if mask.dtype != torch.bool and not bool((mask.masked_fill(~allowed, 0) == 0).all()):
             return None  # it weighs keys instead of leaving them out
-        return allowed[:, 0, 0].expand(self.k.shape[0], self.k.shape[2])
+        keys = allowed.amax((1, 2), keepdim=True)
+        if allowed.shape[1:3] != (1, 1) and not bool(((allowed == keys) | ~allowed.any(-1, keepdim=True)).all()):
+            return None
+        return keys[:, 0, 0].expand(self.k.shape[0], self.k.shape[2])
 
     def rows(self, queries: slice = slice(None), elements: int = _ELEMENTS) -> Iterator[torch.Tensor]:
         """Rows of the attention map in order, a few at a time.
@@ -235,6 +247,7 @@ class AttentionTaken(TorchFunctionMode):
     Args:
         take: called with what the attention was given and with the attention itself, which computes the same from the
             very object it gets, and from another what that says; returns the output [B, H, N, D].
+        flex: calls of flex_attention are answered too, unless it was compiled. See `dita.flex`.
 
     Example:
         >>> q = torch.zeros(1, 2, 3, 4)
@@ -244,13 +257,30 @@ class AttentionTaken(TorchFunctionMode):
         tensor([1.])
     """
 
-    def __init__(self, take: Callable[[Attended, Callable[[Attended], torch.Tensor]], torch.Tensor]) -> None:
+    def __init__(
+        self, take: Callable[[Attended, Callable[[Attended], torch.Tensor]], torch.Tensor], flex: bool = False
+    ) -> None:
         super().__init__()
-        self.take = take
+        self.take, self.stance = take, uncompiled() if flex else nullcontext()
+
+    def __enter__(self) -> AttentionTaken:
+        """Enter."""
+        self.stance.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Leave."""
+        super().__exit__(*error)
+        self.stance.__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         """See torch.overrides."""
         kwargs = kwargs or {}
+        if is_flex(func, args):
+            flexed = Attended(*of_flex(args))
+            # Nobody asked for the logarithm of the sum of weights and the largest weight, which come with it.
+            out = self.take(flexed, lambda seen: func(*args, **kwargs)[0] if seen is flexed else seen.attend())
+            return out, out.new_empty(0), out.new_empty(0)
         if func is not torch.nn.functional.scaled_dot_product_attention or kwargs.get("dropout_p"):
             return func(*args, **kwargs)
         given = _given(args, kwargs)

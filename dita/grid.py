@@ -74,10 +74,10 @@ def _of_patches(config: Any, latents: torch.Tensor) -> Grid:
 
 
 def _of_ids(ids: Any) -> Grid:
-    """Flux numbers every token: [N, 3] of frame, row and column."""
-    if not isinstance(ids, torch.Tensor) or ids.ndim not in (2, 3) or ids.shape[-1] != 3:
+    """Flux numbers every token: [N, 3] of frame, row and column; Flux 2 has a fourth number for the layer."""
+    if not isinstance(ids, torch.Tensor) or ids.ndim not in (2, 3) or ids.shape[-1] not in (3, 4):
         return ()
-    ids = ids.reshape(-1, 3)
+    ids = ids.reshape(-1, ids.shape[-1])
     counts = [int(ids[:, axis].unique().numel()) for axis in range(3)]
     return tuple(counts)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from dita.anatomy import Block, ModulePart
 from dita.errors import DitaError
+from dita.parts import first_attention
 from dita.reporting import StepRecord
 from dita.seams import Call, Features, Handler, Position, Site
 
@@ -62,7 +64,7 @@ def run_to_attention(block: Block, forward: Original, args: tuple[Any, ...], kwa
     Raises:
         DitaError: it ran to its end without calling an attention module.
     """
-    attention = next(c for n, c in block.module.named_children() if "attn" in n or "attention" in n)
+    attention = first_attention(block.module)
     seen: list[torch.Tensor] = []
 
     def stop(module: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -71,6 +73,8 @@ def run_to_attention(block: Block, forward: Original, args: tuple[Any, ...], kwa
             seen.append(value)
         raise _Reached
 
+    if attention is None:
+        raise DitaError(f"{block.path} holds no attention module: there is nothing to watch")
     handle = attention.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
         forward(*args, **kwargs)
@@ -123,25 +127,86 @@ def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor 
         tensor([1.])
     """
     value = kwargs.get("hidden_states", kwargs.get("input", args[0] if args else None))
+    if value is None and not args:
+        value = next((v for v in kwargs.values() if isinstance(v, torch.Tensor)), None)
     return value if isinstance(value, torch.Tensor) else None
+
+
+def latents_of(arguments: Mapping[str, Any]) -> torch.Tensor | None:
+    """What a transformer is called to denoise: its `hidden_states`, else the first numbers with channels.
+
+    Args:
+        arguments: of the call, by name, in the order of the parameters. Z-Image and others take a list with one tensor
+            per sample: equal ones are stacked, of others the first stands for all.
+
+    Example:
+        >>> latents_of({"t": torch.ones(2), "x": [torch.zeros(3, 4), torch.zeros(3, 4)]}).shape
+        torch.Size([2, 3, 4])
+    """
+    known = arguments.get("hidden_states")
+    for value in (known, *arguments.values()):
+        held = list(value) if isinstance(value, (list, tuple)) else [value]
+        fit = [t for t in held if isinstance(t, torch.Tensor) and t.is_floating_point() and t.ndim >= 2]
+        if not fit or len(fit) != len(held):
+            continue
+        if not isinstance(value, (list, tuple)):
+            return fit[0]
+        return torch.stack(fit) if _are_alike(fit) else fit[0]
+    return None
 
 
 def flatten(result: Any) -> tuple[Features, Callable[[Features], Any]]:
     """The tensors of an output, and the function that makes such an output of tensors.
 
+    A list of equal tensors, one per sample, is one tensor. What is none, such as a model's cache of keys, stays as it
+    was in this output.
+
     Raises:
-        DitaError: an output that is neither a tensor, nor a tuple of them, nor has `.sample`.
+        DitaError: an output that is neither a tensor, nor a tuple, list or diffusers output with some, nor has
+            `.sample`.
 
     Example:
         >>> features, rebuild = flatten((torch.ones(1), None))
         >>> rebuild(features)
         (tensor([1.]), None)
+        >>> [tuple(t.shape) for t in flatten(([torch.ones(3), torch.ones(3)], torch.ones(2)))[0]]
+        [(2, 3), (2,)]
     """
-    if isinstance(result, torch.Tensor):
-        return (result,), lambda features: features[0]
-    if isinstance(result, tuple) and all(t is None or isinstance(t, torch.Tensor) for t in result):
-        return result, tuple
-    if hasattr(result, "sample") and not isinstance(result, tuple):
-        kind: Any = type(result)
-        return (result.sample,), lambda features: kind(sample=features[0])
-    raise DitaError(f"a hooked module returned {type(result).__name__}; expected a tensor, a tuple of them, or .sample")
+    leaves: list[torch.Tensor | None] = []
+    rebuild = _taken_apart(result, leaves)
+    if rebuild is None or not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+        kind = type(result).__name__
+        raise DitaError(f"a hooked module returned {kind}; expected a tensor, a tuple of them, or .sample")
+    return tuple(leaves), lambda features: rebuild(iter(features))
+
+
+def _taken_apart(value: Any, leaves: list[torch.Tensor | None]) -> Callable[[Iterator[Any]], Any] | None:
+    """Collect the tensors of a value in `leaves`; return what builds such a value of them, None for no tensors."""
+    if value is None or isinstance(value, torch.Tensor):
+        leaves.append(value)
+        return next
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)} if _is_output(value) else {}
+    if not fields and hasattr(value, "sample") and not isinstance(value, tuple):
+        fields = {"sample": value.sample}
+    held = list(fields.values()) if fields else value
+    if not isinstance(held, (list, tuple)):
+        return None
+    if held is value and isinstance(value, list) and _are_alike(value):
+        leaves.append(torch.stack(value))
+        return lambda features: list(next(features))
+    builders = [None if fields and item is None else _taken_apart(item, leaves) for item in held]
+    kind: Any = type(value)
+
+    def build(features: Iterator[Any]) -> Any:
+        items = [item if make is None else make(features) for item, make in zip(held, builders, strict=True)]
+        return kind(**dict(zip(fields, items, strict=True))) if fields else kind(items)
+
+    return build
+
+
+def _are_alike(items: Sequence[Any]) -> bool:
+    return bool(items) and all(isinstance(t, torch.Tensor) and t.shape == items[0].shape for t in items)
+
+
+def _is_output(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)

@@ -18,7 +18,17 @@ from dita.errors import DitaError
 from dita.grid import Grid, token_grid
 from dita.kernels.tokens import gather_tokens
 from dita.loop import Loop, LoopVariables, Request, one_by_one, roles_of
-from dita.passage import Hooked, Original, Timer, first_tensor, flatten, left_out, record_of, run_to_attention
+from dita.passage import (
+    Hooked,
+    Original,
+    Timer,
+    first_tensor,
+    flatten,
+    latents_of,
+    left_out,
+    record_of,
+    run_to_attention,
+)
 from dita.patch import Patch
 from dita.reporting import RunReport
 from dita.seams import Call, Features, Handler, Position, Site
@@ -105,7 +115,7 @@ class ModelRuntime:
                     self._patch(feeder, "forward", self._around_feeder(part, feeder))
         for part in (*self.anatomy.modules, *self.anatomy.inner):
             if attention_site(part.site) in sites:
-                self._patch(part.module, "forward", self._around_attention(attention_site(part.site)))
+                self._patch(part.module, "forward", self._around_attention(attention_site(part.site), part.flex))
 
     def detach(self) -> None:
         """Put every hooked method back, last first."""
@@ -240,12 +250,12 @@ class ModelRuntime:
     ) -> Call:
         """Gather what a handler may know of a call."""
         arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        latents = arguments.get("hidden_states")
-        latents = latents if isinstance(latents, torch.Tensor) else (tensors[0] if tensors else None)
+        latents = latents_of(arguments)
         shapes = tuple(t.shape for t in tensors)
         if shapes not in self._grids:
             self._grids[shapes] = token_grid(self.anatomy.model, arguments, latents)
-        return Call(position, shapes, self.clock.scheduler_fingerprint, self._grids[shapes], latents, arguments)
+        said = (self.clock.scheduler_fingerprint, self._grids[shapes], latents, arguments)
+        return Call(position, shapes, *said, schedule=self.clock.schedule)
 
     def _plain(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call that belongs to no step of this pipeline: untouched, and remembered nowhere."""
@@ -348,7 +358,7 @@ class ModelRuntime:
 
         return around
 
-    def _around_attention(self, site: Site) -> Any:
+    def _around_attention(self, site: Site, flex: bool) -> Any:
         handlers = [h for h in self.handlers if site in h.sites]
 
         def around(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -363,7 +373,7 @@ class ModelRuntime:
                     plain = functools.partial(handler.attend, site, occurrence, call, plain=plain)
                 return plain(seen)
 
-            with AttentionTaken(take):
+            with AttentionTaken(take, flex):
                 return original(*args, **kwargs)
 
         return around
@@ -384,7 +394,7 @@ class ModelRuntime:
         """Let the handler reduce the image tokens that a module or block reads."""
         handler = next(h for h in self.handlers if site in h.sites)
         names = tuple(inspect.signature(type(module).forward).parameters)[1:]
-        text_at = block.entry.text if "encoder" in block.entry.returns else ""
+        text_at = block.entry.text
 
         def around(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = self._call

@@ -63,16 +63,17 @@ def supports(pipe_or_model: Any, method: str | Method | None = None) -> SupportR
 
 
 def _seams(anatomy: Anatomy) -> dict[str, tuple[bool, str]]:
-    block = f"{len(anatomy.blocks)} blocks in {len(anatomy.segments)} span(s)"
-    module = f"{len(anatomy.modules)} attention and MLP modules"
-    attention = anatomy.attention_sites
-    return {
-        "step": (True, "the pipeline's scheduler"),
-        "model": (True, "the transformer's call"),
-        "block": ("block" not in anatomy.reasons, anatomy.reasons.get("block", block)),
-        "module": ("module" not in anatomy.reasons, anatomy.reasons.get("module", module)),
-        "attention": (bool(attention), f"{len(attention)} self- or joint attentions inside the blocks"),
+    found = {
+        "model": "the transformer's call",
+        "block": f"{len(anatomy.blocks)} blocks in {len(anatomy.segments)} span(s)",
+        "module": f"{len(anatomy.modules)} attention and MLP modules",
+        "attention": f"{len(anatomy.attention_sites)} self- or joint attentions inside the blocks",
     }
+    answers = {"step": (True, "the pipeline's scheduler")}
+    for seam, what in found.items():
+        why = anatomy.why_not(seam)
+        answers[seam] = (why is None, what if why is None else why)
+    return answers
 
 
 def _answer(method: Method, anatomies: list[Anatomy], pipe: Any) -> tuple[bool, str]:

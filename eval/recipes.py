@@ -28,6 +28,7 @@ def read_recipes(path: str | Path) -> dict[str, Any]:
           - cache-dit dbcache: {threshold: 0.2}
           - adaspa + taylorseer: {adaspa: {density: [0.2, 0.3]}, taylorseer: {interval: 3}}   # both at once
           - fewer steps + dualfast: {fewer steps: [10, 20]}    # a method on shorter runs than the plain one
+          - progressive-resolution: {scales: [[0.5, 1.0]]}     # one value, which is a list itself
 
     Args:
         path: of the file.
@@ -126,7 +127,10 @@ def _grid(name: str, given: Any, steps: int) -> list[Setting]:
     if name not in others and name not in registry.names():
         raise DitaError(f"unknown method {name}; known are {', '.join((FEWER_STEPS, *registry.names(), *others))}")
     kind: Any = others.get(name) or registry.get(name)
-    lists = [value if isinstance(value, list) else [value] for value in given.values()]
+    lists = [
+        [tuple(each) if isinstance(each, list) else each for each in (value if isinstance(value, list) else [value])]
+        for value in given.values()
+    ]
     try:
         configs = [kind(**dict(zip(given, values, strict=True))) for values in product(*lists)]
     except TypeError as error:

@@ -70,7 +70,8 @@ def run_sweep(
         device: "cpu" or "cuda".
         dtype: of the weights: "fp32", "bf16" or "fp16".
         prompts: file with a prompt a line, or the prompts; a bundled pipeline draws captions of its own.
-        call: further arguments of the pipeline's call, such as {"height": 512}; over the pipeline's defaults.
+        call: further arguments of the pipeline's call, such as {"height": 512}; over the pipeline's defaults. Samples
+            of another size than a bundled pipeline's own are compared with the plain run only.
         published_metrics: see `make_judge`.
         clip: folder or hub id of a CLIP model for the CLIP score.
         pairs: timed batches per setting that are followed by the plain run of the same batch, at least 1; if None 2 in
@@ -112,7 +113,9 @@ def run_sweep(
     if sampling.guidance == task.guidance:
         chosen = with_bundled(chosen, folder)
     group, place = join_group(device)
-    judge = make_judge(task, False if quick and published_metrics is None else published_metrics, place, clip)
+    judge = make_judge(
+        task.sized(sampling.call), False if quick and published_metrics is None else published_metrics, place, clip
+    )
     pipe: Any = load_pipeline(folder, DTYPES[dtype], place)
     check_pipeline(pipe, sampling)
     with pinned_threads(threads) as used:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,18 @@ class Task:
         from dita.eval.world import captions
 
         return tuple(captions(self.judge, samples, seed))
+
+    def sized(self, call: Mapping[str, Any]) -> Task:
+        """This task as it can be judged with these arguments of the pipeline's call.
+
+        The network that reads scenes and clips knows one size. Samples of another are compared with the plain run only.
+
+        Example:
+            >>> Task("scene", call={"height": 32, "width": 64}).sized({"height": 48, "width": 96}).judge
+            'none'
+        """
+        same = all(call.get(name, own) == own for name, own in self.call.items() if name in ("height", "width"))
+        return self if same else replace(self, judge="none")
 
 
 def task_of(folder: str | Path) -> Task:

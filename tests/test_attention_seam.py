@@ -159,7 +159,8 @@ def test_the_object_itself_is_computed_untouched_and_another_as_it_says() -> Non
         (torch.tensor([True, False])[None, None, None], [[True, False]]),
         (torch.tensor([0.0, -torch.inf])[None, None, None], [[True, False]]),
         (torch.tensor([0.0, -3.0])[None, None, None], None),
-        (torch.ones(1, 1, 2, 2, dtype=torch.bool), None),
+        (torch.ones(1, 1, 2, 2, dtype=torch.bool), [[True, True]]),
+        (torch.ones(1, 1, 2, 2, dtype=torch.bool).tril(), None),
     ],
 )
 def test_key_masks_are_told_from_other_masks(mask: torch.Tensor | None, expected: Any) -> None:
@@ -172,7 +173,7 @@ def test_key_masks_are_told_from_other_masks(mask: torch.Tensor | None, expected
     ("change", "message"),
     [
         ({"k": torch.zeros(1, 1, 9, 4)}, "8 queries look at 9 keys"),
-        ({"mask": torch.ones(1, 1, 8, 8, dtype=torch.bool)}, "differs from query to query"),
+        ({"mask": torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()}, "differs from query to query"),
         ({"causal": True}, "differs from query to query"),
     ],
 )

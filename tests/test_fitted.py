@@ -20,6 +20,7 @@ from pipelines import TINY
 import dita
 from dita.caching import Fitted, FittedTable
 from dita.caching.anchors import as_mask, choose_anchors, spread
+from dita.caching.fitted_gate import local_fit
 from dita.caching.fitted_plan import Plan
 from dita.caching.fitted_table import equal_steps, read_fit
 from dita.caching.fitting import Moments, Tracker, expected_error
@@ -229,7 +230,7 @@ def test_file_keeps_everything(found: Fitted, tmp_path: Any) -> None:
     path = tmp_path / "x.safetensors"
     found.save(path)
     table, settings = read_fit(path)
-    assert table == found.table and settings == {"full": 3, "speedup": 0.0, "anchors": 5}
+    assert table == found.table and settings == {"full": 3, "speedup": 0.0, "anchors": 5, "warmup": 3}
     assert dita.Method.from_json(found.to_json()) == found == dita.load_method(path)
     outputs = []
     for method in (found, Fitted(calibration=str(path)), dita.load_method(path)):
@@ -411,6 +412,46 @@ def test_a_call_that_draws_other_noise_is_told() -> None:
     with pytest.warns(dita.DitaWarning, match="other noise"):
         fitted: Any = dita.calibrate(pipe, call=call)
     assert not any(fitted.table.values["unrest"])
+
+
+def test_local_fit_is_least_squares_on_the_tensors() -> None:
+    moments, outputs = rough(9, 5)
+    weights, error = local_fit(moments, [5, 3, 0], 7)
+    rest = torch.stack([outputs[3] - outputs[5], outputs[0] - outputs[5]], 1)
+    found = torch.linalg.lstsq(rest, (outputs[7] - outputs[5])[:, None]).solution[:, 0]
+    assert np.allclose(weights, [1 - found.sum(), *found], rtol=1e-3)
+    forecast = sum(w * outputs[a] for w, a in zip(weights, (5, 3, 0), strict=True))
+    assert error == pytest.approx((forecast - outputs[7]).square().mean().item(), rel=1e-3)
+
+
+def test_the_gate_computes_more_of_what_is_harder_and_nothing_of_what_is_not() -> None:
+    pipe, call = exact(mixture("flow"), "flow-euler", 24, 0)
+    fitted: Any = dita.calibrate(pipe, "fitted", call, budget=6)
+
+    def computed(limit: float, scale: float) -> tuple[int, ...]:
+        noise = mixture("flow").noise(batch=64, seed=0)
+        noise[-1] *= scale
+        with dita.accelerated(pipe, fitted, gate=limit):
+            result = pipe(24, latents=noise)
+            assert torch.isfinite(result).all()
+            return dita.report(pipe).runs[-1].computed_steps
+
+    plan = computed(0.0, 1.0)
+    # One sample of 64 is off by more than the mean over all, but not tenfold.
+    assert len(plan) == 6 and computed(10.0, 1.0) == plan
+    hard = computed(1.5, 30.0)
+    assert set(plan) < set(hard)
+    with dita.accelerated(pipe, fitted, gate=1.5):
+        noise = mixture("flow").noise(batch=64, seed=0)
+        noise[-1] *= 30
+        pipe(24, latents=noise)
+        assert "harder than calibrated" in {r.reason for r in dita.report(pipe).runs[-1].records}
+
+
+@pytest.mark.parametrize("gate", [-1.0, 0.5, 1.0])
+def test_a_gate_is_above_1(gate: float) -> None:
+    with pytest.raises(dita.DitaError, match="gate"):
+        Fitted(gate=gate)
 
 
 def test_without_a_calibration_it_says_so() -> None:

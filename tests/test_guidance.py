@@ -20,7 +20,6 @@ from dita.caching import MagCache, TaylorSeer
 from dita.config import Method
 from dita.errors import DitaError
 from dita.loop import Request
-from dita.schedulers.base import watched
 from dita.schedulers.guidance import AdaptiveGuidance, CFGCache, CFGZero, LinearAG
 from dita.schedulers.guidance.adaptive import Similarity
 from dita.schedulers.guidance.cfg_cache import CachedDifference, low_frequencies, on_grid
@@ -29,6 +28,7 @@ from dita.schedulers.guidance.linear_ag import Estimates
 from dita.schedulers.guidance.linear_fit import LinearWeights
 from dita.schedulers.guidance.moment import refuse_stream
 from dita.schedulers.guidance.policy import GuidanceLoop
+from dita.watching import watched
 
 
 @pytest.mark.parametrize("tiny", ["dit", "wan"])

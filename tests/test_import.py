@@ -21,6 +21,7 @@ PUBLIC = {
     "RunReport",
     "StepRecord",
     "SupportReport",
+    "accelerate_model",
     "accelerate_pipeline",
     "accelerated",
     "calibrate",

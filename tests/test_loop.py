@@ -15,8 +15,9 @@ from dita.anatomy import Anatomy
 from dita.caching import TaylorSeer
 from dita.errors import DitaError
 from dita.loop import Loop, Request, Run, Runner, Solver, Step, StepCall, roles_of, tensors_of
-from dita.schedulers.base import SamplingMethod, watched
+from dita.schedulers.base import SamplingMethod
 from dita.schedulers.guidance import CFGCache, GuidanceInterval
+from dita.watching import watched
 
 
 class Watcher(Loop):

@@ -22,7 +22,7 @@ from dita.errors import DitaError
 from dita.eval.vae import SpaceToDepthVAE
 from dita.kernels.sparse import AdaSpa
 from dita.loop import Loop, Request, Run, Runner, tensors_of
-from dita.schedulers.base import SamplingMethod, watched
+from dita.schedulers.base import SamplingMethod
 from dita.schedulers.guidance import GuidanceInterval
 from dita.schedulers.resolution import RALU, BottleneckSampling, ProgressiveResolution
 from dita.schedulers.resolution.edges import most_edges
@@ -33,6 +33,7 @@ from dita.schedulers.resolution.positions import run_at
 from dita.schedulers.resolution.ralu import RegionAdaptive
 from dita.schedulers.resolution.staged import StagedLoop
 from dita.seams import Position
+from dita.watching import watched
 
 PUBLISHED = {
     ((5, 6, 7), (0.3, 0.45, 1.0)): (5.019, 2.589, 2.226, 6.317),

@@ -10,8 +10,9 @@ from dita.errors import DitaError
 from dita.eval import judge as judge_module
 from dita.eval.judge import GarmentJudge, Judge, WorldJudge, make_judge
 from dita.eval.metrics import Gaussian, frechet_distance, kernel_distance, psnr
+from dita.eval.pipelines import BUNDLED
 from dita.eval.sampling import Drawn, Sampling
-from dita.eval.task import Task
+from dita.eval.task import Task, task_of
 from dita.eval.world import Renderer, captions, read_caption
 
 
@@ -105,6 +106,16 @@ def test_the_task_decides_who_judges(monkeypatch):
     with pytest.raises(DitaError, match="none"):
         make_judge(Task(), True)
     assert not make_judge(Task(), None).lpips
+
+
+def test_samples_of_another_size_are_compared_with_the_plain_run_only():
+    task = task_of(BUNDLED["fashion-flux"])
+    for call in ({}, {"height": 32}, {"height": 32, "width": 64, "true_cfg_scale": 5.0}):
+        assert task.sized(call) is task
+    other = task.sized({"height": 64})
+    assert type(make_judge(other, False)) is Judge
+    assert (other.steps, other.call) == (task.steps, task.call)
+    assert Task("garment").sized({"height": 64}).judge == "garment"
 
 
 def test_unfit_samples_are_refused(judge):

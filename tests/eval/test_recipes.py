@@ -8,6 +8,7 @@ from dita.eval.recipes import expand, read_recipes
 from dita.eval.settings import plan
 from dita.eval.sweep import read_prompts
 from dita.eval.task import Task, task_of
+from dita.schedulers.resolution import ProgressiveResolution
 
 
 def test_recipes_make_grids():
@@ -29,6 +30,12 @@ def test_recipes_make_grids():
     assert [setting.steps for setting in settings] == [28, 14, 9, 28, 28, 28, 28, 28]
     assert settings[4].config is not None
     assert settings[4].config.to_dict()["settings"]["order"] == 2
+
+
+def test_a_list_within_a_list_is_one_value():
+    recipe = {"progressive-resolution": {"scales": [[0.5, 1.0], [0.75, 1.0]]}}
+    configs = [setting.config for setting in expand([recipe], 28)[1:]]
+    assert configs == [ProgressiveResolution(scales=(0.5, 1.0)), ProgressiveResolution(scales=(0.75, 1.0))]
 
 
 def test_recipes_compose_methods():

@@ -17,6 +17,7 @@ from dita.eval.rows import read_rows
 from dita.eval.sampling import Sampling, check_pipeline, draw
 from dita.eval.settings import FEWER_STEPS, PLAIN, Setting
 from dita.eval.sweeping import Sweep
+from dita.schedulers.timesteps import OptimalSteps
 
 SAMPLING = Sampling(samples=8, batch=2, steps=6, guidance=3.0, seed=0)
 SETTINGS = [
@@ -81,6 +82,18 @@ def test_rows_say_what_was_measured(make):
     assert taylor["timeline"] == {"all": "CCCFFC"}, "warm-up, then each third step"
     low, high = taylor["intervals"]["psnr"]
     assert low <= taylor["psnr"] <= high
+
+
+def test_steps_that_a_method_leaves_out_count_once(make):
+    sweep = make()
+    chosen = Setting("optimal-steps", "steps=3", 6, OptimalSteps(steps=3))
+    shorter = Setting("fewer steps + taylorseer", "3 steps", 3, TaylorSeer(interval=1))
+    sweep.run([*SETTINGS[:2], chosen, shorter])
+    rows = {row["method"]: row for row in read_rows(sweep.results)}
+    assert rows["optimal-steps"]["timeline"] == {"cond": "CNCNCN", "uncond": "CNCNCN"}
+    for method in ("optimal-steps", "fewer steps + taylorseer"):
+        assert rows[method]["computed_fraction"] == 0.5
+        assert rows[method]["flops_ratio"] == pytest.approx(rows[FEWER_STEPS]["flops_ratio"])
 
 
 def test_a_finished_sweep_draws_nothing_again(make, monkeypatch):
@@ -251,9 +264,9 @@ def test_unfit_arguments_are_refused(tiny, tiny_folder, tmp_path):
     assert not (tmp_path / "results.jsonl").exists()
 
 
-def test_a_judge_that_cannot_read_the_samples_makes_a_row_with_its_reason(make, tiny):
+def test_a_judge_that_cannot_read_the_samples_makes_a_row_with_its_reason(make, monkeypatch):
     sweep = make()
-    sweep.judge._against_data = lambda *args: 1 / 0
+    monkeypatch.setattr(sweep.judge, "_against_data", lambda *args: 1 / 0)
     with pytest.raises(DitaError, match="plain run failed.*ZeroDivisionError"):
         sweep.run(SETTINGS)
 
