@@ -30,7 +30,7 @@ def calibrate(
     calls: Sequence[Call] = (),
     speedup: float | None = None,
     psnr: float | None = None,
-    budget: int | None = None,
+    budget: float | None = None,
     **options: Any,
 ) -> Method:
     """Run the pipeline in full, and return the method with the numbers measured.
@@ -45,7 +45,7 @@ def calibrate(
         speedup: for "fitted", of a whole run, by what its steps take in the calibration.
         psnr: for "fitted", in dB, of what the first call returns, to what it returns in full; as few steps are computed
             as that takes, found in a handful of accelerated runs.
-        budget: for "fitted", computed steps of a run.
+        budget: for "fitted", computed steps of a run; for other methods their own setting of that name.
         options: settings of the method.
 
     Raises:
@@ -58,11 +58,11 @@ def calibrate(
     """
     from dita.caching.fitted import Fitted
 
-    wanted = {"speedup": speedup, "full": budget}
-    options |= {name: value for name, value in wanted.items() if value is not None}
     if sum(value is not None for value in (speedup, psnr, budget)) > 1:
         raise DitaError("speedup, psnr and budget each decide how many steps are computed; give one of them")
-    config = resolve(method, **options)
+    fits = method == Fitted.name or isinstance(method, Fitted) or method is Fitted
+    wanted = {"speedup": speedup, "full" if fits else "budget": budget}
+    config = resolve(method, **options, **{name: value for name, value in wanted.items() if value is not None})
     runs = [*([] if call is None else [call]), *calls]
     if not runs:
         raise DitaError('calibrating needs a call that runs the pipeline: calls=[lambda p: p("a prompt")]')

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 FEWER_STEPS = "fewer steps"
 PLAIN = "plain"
-QUICK = ("taylorseer", "ab-cache", "magcache", "fbcache", "dbcache")
-"""What a quick sweep takes: forecasts of modules and of the model's output, a table, and probes."""
+QUICK = ("fitted", "taylorseer", "ab-cache", "magcache", "fbcache")
+"""What a quick sweep takes: forecasts fitted to the pipeline, of modules and of the model's output, a table, probes."""
 
 _FEWER_STEPS_LADDER = (0.8, 0.5, 0.4, 0.3, 0.24, 0.2, 0.16)  # of the plain run's steps
 _ROOMS = ("caching", "kernels", "schedulers", "eval/metrics", "eval/peers")
