@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
 from dita.caching.fitting import Moments, expected_error
 
 _REACH = 3  # steps that an anchor may be moved at once
 _ROUNDS = 200
+_TRIED = 3  # starts
 
 
 def spread(steps: int, full: int, power: float = 1.0) -> tuple[int, ...]:
@@ -46,8 +49,9 @@ def as_mask(schedule: tuple[int, ...], steps: int) -> np.ndarray:
 def choose_anchors(moments: Moments, full: int, most: int, warmup: int = 1) -> tuple[tuple[int, ...], float]:
     """The steps to compute, as many as given, that leave the least expected error of the last latents.
 
-    From several starts, anchors are moved by up to three steps, one a round, whichever lowers the error most, until
-    none does: a local search, and the best of its ends.
+    A local search: of schedules spread evenly and unevenly behind a dense beginning of several lengths, the best few
+    are improved by moving the anchor, by up to three steps, that lowers the error most, until none does; the best end
+    of these by moving anchors to anywhere.
 
     Args:
         moments: of full runs.
@@ -65,22 +69,30 @@ def choose_anchors(moments: Moments, full: int, most: int, warmup: int = 1) -> t
         (0, 1, 2)
     """
     steps, kept = moments.steps, max(1, min(warmup, full // 2))
-    starts = set()
-    for power in (1.0, 1.3, 1.7):
-        rest = spread(steps - kept + 1, full - kept + 1, power)
-        starts.add((*range(kept - 1), *(kept - 1 + step for step in rest)))
-    ends = [_descend(moments, start, most, kept) for start in sorted(starts)]
-    return min(ends, key=lambda end: (end[1], end[0]))
+    starts = set[tuple[int, ...]]()
+    for dense in {kept, *(d for d in (3, 5) if kept < d <= full // 2)}:
+        for power in (1.0, 1.3, 1.7):
+            rest = spread(steps - dense + 1, full - dense + 1, power)
+            starts.add((*range(dense - 1), *(dense - 1 + step for step in rest)))
+    first = sorted(starts)
+    ends = [_descend(moments, first[n], most, kept, _REACH) for n in _errors(moments, first, most).argsort()[:_TRIED]]
+    best = min(ends, key=lambda end: (end[1], end[0]))
+    return _descend(moments, best[0], most, kept, steps)
 
 
-def _descend(moments: Moments, start: tuple[int, ...], most: int, kept: int) -> tuple[tuple[int, ...], float]:
-    steps = moments.steps
-    best, error = start, float(expected_error(moments, as_mask(start, steps)[None], most)[0])
+def _errors(moments: Moments, schedules: Sequence[tuple[int, ...]], most: int) -> np.ndarray:
+    return expected_error(moments, np.stack([as_mask(schedule, moments.steps) for schedule in schedules]), most)
+
+
+def _descend(
+    moments: Moments, start: tuple[int, ...], most: int, kept: int, reach: int
+) -> tuple[tuple[int, ...], float]:
+    best, error = start, float(_errors(moments, [start], most)[0])
     for _ in range(_ROUNDS):
-        moves = sorted(set(_moves(best, steps, kept)))
+        moves = sorted(set(_moves(best, moments.steps, kept, reach)))
         if not moves:
             break
-        errors = expected_error(moments, np.stack([as_mask(move, steps) for move in moves]), most)
+        errors = _errors(moments, moves, most)
         number = int(errors.argmin())
         if not errors[number] < error * (1 - 1e-4):
             break
@@ -88,9 +100,9 @@ def _descend(moments: Moments, start: tuple[int, ...], most: int, kept: int) -> 
     return best, error
 
 
-def _moves(schedule: tuple[int, ...], steps: int, kept: int):
+def _moves(schedule: tuple[int, ...], steps: int, kept: int, reach: int) -> Iterator[tuple[int, ...]]:
     taken = set(schedule)
     for number, anchor in enumerate(schedule[kept:], kept):
-        for by in (*range(-_REACH, 0), *range(1, _REACH + 1)):
+        for by in (*range(-reach, 0), *range(1, reach + 1)):
             if 0 < anchor + by < steps and anchor + by not in taken:
                 yield tuple(sorted((*schedule[:number], anchor + by, *schedule[number + 1 :])))

@@ -48,8 +48,7 @@ class Fitted(CalibratedMethod):
         speedup: of a whole run, by what steps cost in the calibration; 1 computes all; 0 for that of the calibration
             file, else 3.
         anchors: computed outputs that a forecast may use, 1 to 6.
-        warmup: first steps that are computed in any case, where at least twice as many are computed in all: what is to
-            be shown is decided there, and a few samples take errors then much worse than others.
+        warmup: first steps that are computed in any case, where at least twice as many are computed in all.
         gate: how many times the expected error, in amplitude, a sample's forecasts may be off before more of its steps
             are computed, see `dita.caching.fitted_gate`; above 1, or 0 for no gate. The samples of a batch are computed
             together.
@@ -68,7 +67,7 @@ class Fitted(CalibratedMethod):
     full: int = 0
     speedup: float = 0.0
     anchors: int = 5
-    warmup: int = 3
+    warmup: int = 1
     gate: float = 0.0
     calibration: str = ""
     table: FittedTable | None = field(default=None, repr=False)
