@@ -11,6 +11,8 @@ from dita.caching.fitting import Moments, expected_error
 _REACH = 3  # steps that an anchor may be moved at once
 _ROUNDS = 200
 _TRIED = 3  # starts
+_LONG = 64
+_NUMBERS = 2**21  # followed at once, which bounds the memory of long runs
 
 
 def spread(steps: int, full: int, power: float = 1.0) -> tuple[int, ...]:
@@ -51,7 +53,7 @@ def choose_anchors(moments: Moments, full: int, most: int, warmup: int = 1) -> t
 
     A local search: of schedules spread evenly and unevenly behind a dense beginning of several lengths, the best few
     are improved by moving the anchor, by up to three steps, that lowers the error most, until none does; the best end
-    of these by moving anchors to anywhere.
+    of these by moving anchors to anywhere. Runs of more than 64 steps are searched from one start by small moves only.
 
     Args:
         moments: of full runs.
@@ -75,13 +77,17 @@ def choose_anchors(moments: Moments, full: int, most: int, warmup: int = 1) -> t
             rest = spread(steps - dense + 1, full - dense + 1, power)
             starts.add((*range(dense - 1), *(dense - 1 + step for step in rest)))
     first = sorted(starts)
-    ends = [_descend(moments, first[n], most, kept, _REACH) for n in _errors(moments, first, most).argsort()[:_TRIED]]
+    tried = _errors(moments, first, most).argsort()[: 1 if steps > _LONG else _TRIED]
+    ends = [_descend(moments, first[n], most, kept, _REACH) for n in tried]
     best = min(ends, key=lambda end: (end[1], end[0]))
-    return _descend(moments, best[0], most, kept, steps)
+    return best if steps > _LONG else _descend(moments, best[0], most, kept, steps)
 
 
 def _errors(moments: Moments, schedules: Sequence[tuple[int, ...]], most: int) -> np.ndarray:
-    return expected_error(moments, np.stack([as_mask(schedule, moments.steps) for schedule in schedules]), most)
+    masks = np.stack([as_mask(schedule, moments.steps) for schedule in schedules])
+    together = max(1, _NUMBERS // moments.vectors.size)
+    parts = [masks[start : start + together] for start in range(0, len(masks), together)]
+    return np.concatenate([expected_error(moments, part, most) for part in parts])
 
 
 def _descend(

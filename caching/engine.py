@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -83,11 +83,6 @@ class Stream:
         """The newest features kept of a site, () if there are none."""
         history = self.histories.get((site, 0))
         return history.newest if history is not None else ()
-
-    def combine(self, site: Site, weights: Sequence[float]) -> Features:
-        """The weighted sum of what is kept of a site, newest first; () if that is less than the weights are."""
-        history = self.histories.get((site, 0))
-        return () if history is None or len(history.steps) < len(weights) else history.combine(weights)
 
     def bytes_held(self) -> int:
         """Bytes of all tensors kept."""
@@ -196,7 +191,7 @@ class CacheHandler(Handler):
             gap = 0 if stream.newest is None else call.position.step - stream.newest
             self._view = View(
                 call.position, call.shapes, call.scheduler, call.grid, call.latents, stream.newest_of, gap,
-                stream.skipped_in_row, schedule=call.schedule, combine=stream.combine,
+                stream.skipped_in_row, schedule=call.schedule,
             )  # fmt: skip
         return self._view
 

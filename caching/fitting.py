@@ -54,7 +54,7 @@ class Moments:
     def vectors(self) -> np.ndarray:
         """Vectors [S + 1, D] whose dot products are the moments: arithmetic on them is that on the tensors."""
         values, axes = np.linalg.eigh((self.gram + self.gram.T) / 2)
-        kept = values > 1e-12 * values[-1]
+        kept = values > 1e-9 * values[-1]
         return axes[:, kept] * np.sqrt(values[kept])
 
     @cached_property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,6 @@ class View:
         block_change: after a computed step, the mean over blocks of the relative L1 change of each block's output since
             the last computed step, per sample [B]; None for the first.
         schedule: returns the run's timesteps, None where they are not known.
-        combine: the weighted sum of what is kept of a site, newest first; () if that is less than the weights are.
     """
 
     position: Position
@@ -45,7 +44,6 @@ class View:
     residual: torch.Tensor | None = None
     block_change: torch.Tensor | None = None
     schedule: Callable[[], Schedule | None] = lambda: None
-    combine: Callable[[Site, Sequence[float]], Features] = lambda site, weights: ()
 
 
 @dataclass(frozen=True)
