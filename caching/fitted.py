@@ -154,6 +154,7 @@ class Fitted(CalibratedMethod):
         calls: Sequence[Callable[[Any], Any]],
         advance: Callable[[], None] = lambda: None,
         psnr: float | None = None,
+        beside: Sequence[Any] = (),
     ) -> Fitted:
         """The same from several calls; see `dita.calibrate`.
 
@@ -162,12 +163,15 @@ class Fitted(CalibratedMethod):
             calls: each runs it, once or several times, in as many steps as the others.
             advance: called after each, and after the one that is run again.
             psnr: see `dita.calibrate`; sets `full`.
+            beside: methods that are at work meanwhile.
         """
-        table, shown = observe(pipe, calls, lambda fit: _Probing(anchors=self.anchors, table=fit), advance)
+        table, shown = observe(pipe, calls, lambda fit: _Probing(anchors=self.anchors, table=fit), advance, beside)
         found = replace(self, table=table, calibration="")
-        return found if psnr is None else found.reaching(psnr, pipe, calls[0], shown)
+        return found if psnr is None else found.reaching(psnr, pipe, calls[0], shown, beside)
 
-    def reaching(self, psnr: float, pipe: Any, call: Callable[[Any], Any], shown: Any) -> Fitted:
+    def reaching(
+        self, psnr: float, pipe: Any, call: Callable[[Any], Any], shown: Any, beside: Sequence[Any] = ()
+    ) -> Fitted:
         """The same with as few computed steps as keep a PSNR, by bisection over accelerated runs.
 
         Args:
@@ -175,6 +179,7 @@ class Fitted(CalibratedMethod):
             pipe: the pipeline.
             call: runs it once.
             shown: what it returned in full.
+            beside: methods that are at work meanwhile.
 
         Raises:
             DitaError: the call returns no media, or leaving out one step is too much already.
@@ -185,7 +190,8 @@ class Fitted(CalibratedMethod):
         while high - low > 1:
             middle = (low + high) // 2
             tried = replace(self, full=middle, speedup=0.0)
-            low, high = (low, middle) if psnr_of(rerun(pipe, call, tried), wanted) >= psnr else (middle, high)
+            near = psnr_of(rerun(pipe, call, tried, *beside), wanted) >= psnr
+            low, high = (low, middle) if near else (middle, high)
         if high == self.table.steps:
             raise DitaError(f"no step can be left out for {psnr:g} dB: ask for less, or take the plain pipeline")
         return replace(self, full=high, speedup=0.0)

@@ -107,6 +107,7 @@ def observe(
     calls: Sequence[Callable[[Any], Any]],
     accelerated: Callable[[FittedTable], Any],
     advance: Callable[[], None] = lambda: None,
+    beside: Sequence[Any] = (),
 ) -> tuple[FittedTable, Any]:
     """Run every call in full, and the first once more with steps skipped.
 
@@ -115,6 +116,7 @@ def observe(
         calls: each runs it, once or several times.
         accelerated: makes the method with the fit at hand that the first call is run with again.
         advance: called after every run.
+        beside: methods that are at work in all of these runs.
 
     Returns:
         the table, and what the first call returned in its full run.
@@ -129,7 +131,7 @@ def observe(
     for number, call in enumerate(calls):
         watcher = first if number == 0 else Observer()
         began = time.perf_counter()
-        result = _watched(pipe, watcher, number, call)
+        result = _watched(pipe, watcher, number, call, *beside)
         taken = (time.perf_counter() - began) / max(1, len(watcher.runs))
         if not watcher.runs:
             raise DitaError("the calibration call ran no whole sampling loop: it must run the pipeline once")
@@ -167,15 +169,15 @@ def observe(
     conditions = (model, first.scheduler, first.shape, count)
     table = FittedTable(frozen(values), *conditions)
     second = Observer()
-    _watched(pipe, second, 0, calls[0], accelerated(table))
+    _watched(pipe, second, 0, calls[0], accelerated(table), *beside)
     advance()
     values["unrest"], values["seconds"][2] = _compare(first, second, whole[0])
     return FittedTable(frozen(values), *conditions), shown
 
 
-def rerun(pipe: Any, call: Callable[[Any], Any], method: Any) -> np.ndarray:
-    """What the first call of a calibration shows with a method attached, from the noise it began with there."""
-    return media_of(_watched(pipe, Observer(), 0, call, method))
+def rerun(pipe: Any, call: Callable[[Any], Any], *methods: Any) -> np.ndarray:
+    """What the first call of a calibration shows with methods attached, from the noise it began with there."""
+    return media_of(_watched(pipe, Observer(), 0, call, *methods))
 
 
 def media_of(shown: Any) -> np.ndarray:

@@ -28,6 +28,7 @@ def calibrate(
     save: str | Path | bool | None = None,
     *,
     calls: Sequence[Call] = (),
+    beside: Sequence[str | Method] = (),
     speedup: float | None = None,
     psnr: float | None = None,
     budget: float | None = None,
@@ -42,6 +43,8 @@ def calibrate(
         save: file to write the calibrated method to: JSON, which `dita.load_method` reads, or for "fitted" a name that
             ends in .safetensors. True puts it where `accelerate_pipeline` without a method looks for it.
         calls: more of them, for "fitted": a few prompts, each with a seed of its own.
+        beside: for "fitted", methods that it will be attached with, such as sparse attention or guidance; they are at
+            work in all of the runs, whose full ones are then what quality is measured by.
         speedup: for "fitted", of a whole run, by what its steps take in the calibration.
         psnr: for "fitted", in dB, of what the first call returns, to what it returns in full; as few steps are computed
             as that takes, found in a handful of accelerated runs.
@@ -69,9 +72,9 @@ def calibrate(
     if not config.needs_calibration and type(config).calibrated is Method.calibrated:
         raise DitaError(f"{config.name} has no numbers to measure; attach it with accelerate_pipeline as it is")
     if isinstance(config, Fitted):
-        result = _fit(pipe, config, runs, psnr)
-    elif len(runs) > 1 or psnr is not None:
-        raise DitaError(f"{config.name} measures one call, and has no target; only fitted takes calls and psnr")
+        result = _fit(pipe, config, runs, psnr, beside)
+    elif len(runs) > 1 or psnr is not None or beside:
+        raise DitaError(f"{config.name} measures one call, and has no target; only fitted takes calls, beside and psnr")
     else:
         result = config.calibrated(pipe, runs[0])
     if save is not None and save is not False:
@@ -79,14 +82,14 @@ def calibrate(
     return result
 
 
-def _fit(pipe: Any, config: Fitted, calls: list[Call], psnr: float | None) -> Fitted:
+def _fit(pipe: Any, config: Fitted, calls: list[Call], psnr: float | None, beside: Sequence[str | Method]) -> Fitted:
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("calibrating", total=len(calls) + 1)
-        return config.calibrated_on(pipe, calls, lambda: progress.advance(task), psnr)
+        return config.calibrated_on(pipe, calls, lambda: progress.advance(task), psnr, beside)
 
 
 def _save(pipe: Any, result: Method, save: str | Path | bool) -> None:

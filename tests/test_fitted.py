@@ -394,6 +394,7 @@ def test_psnr_is_reached_with_few_steps() -> None:
         ({"call": lambda p: TINY["dit"].call(p, steps=2)}, "at least 3 steps"),
         ({"psnr": 200.0}, "no step can be left out"),
         ({"method": "magcache", "psnr": 30.0}, "only fitted"),
+        ({"method": "magcache", "beside": ["cfg-zero"]}, "only fitted"),
         ({"method": "magcache", "save": "x.safetensors"}, "saved as JSON"),
         ({"speedup": 0.5}, "at least 1"),
         ({"budget": -1}, "whole number"),
@@ -480,7 +481,10 @@ def test_seconds_tell_the_steps_of_a_speedup() -> None:
 @pytest.mark.parametrize("tiny", ["dit", "wan"])
 def test_goes_with_guidance_methods(guidance: str, tiny: str) -> None:
     pipe = TINY[tiny].build()
-    fitted = dita.calibrate(pipe, call=TINY[tiny].call, budget=4)
+    alone = dita.calibrate(pipe, call=TINY[tiny].call, budget=4)
+    fitted = dita.calibrate(pipe, call=TINY[tiny].call, budget=4, beside=[guidance])
+    assert isinstance(alone, Fitted) and isinstance(fitted, Fitted) and alone.table and fitted.table
+    assert alone.table.values["gram"] != fitted.table.values["gram"]
     dita.accelerate_pipeline(pipe, fitted, guidance)
     first = TINY[tiny].call(pipe)
     assert torch.isfinite(first).all() and torch.equal(first, TINY[tiny].call(pipe))
