@@ -12,6 +12,7 @@ anchors       1 to 6 anchors
 warm-up       1 to 5 first steps computed in any case
 trajectories  1 to `--most` calibration runs
 other runs    other numbers of steps, guidance scales, schedulers and sizes than those of the calibration
+another size  the fit, and one made there, at the size that `--size` gives
 granularity   the same weights on the trunk's output in place of the model's
 
 The table of one part is written as results.json and results.md under `--out`. Times are not measured here: what a
@@ -49,7 +50,7 @@ from dita.eval.sampling import Sampling, draw
 from dita.eval.task import task_of
 
 Row = dict[str, Any]
-PARTS = ("budgets", "anchors", "warm-up", "trajectories", "other runs", "granularity")
+PARTS = ("budgets", "anchors", "warm-up", "trajectories", "other runs", "another size", "granularity")
 
 
 class LocalTracker(Tracker):
@@ -244,6 +245,17 @@ def other_runs(lab: Lab, counts: list[int]) -> Iterator[Row]:
             yield {"variant": f"guidance {guidance:g}, calibrated at {lab.task.guidance:g}", "full": full, **row}
 
 
+def another_size(lab: Lab, counts: list[int], size: Row) -> Iterator[Row]:
+    own, call = lab.fitted, lab.call
+    lab.call = {**call, **size}
+    there, said = lab.calibrate(lab.runs), " x ".join(map(str, size.values()))
+    for full in counts:
+        for label, fitted in (("calibrated at the first size", own), ("calibrated there", there)):
+            yield {"variant": f"{said}, {label}", "full": full, **lab.measure(replace(fitted, full=full))}
+        yield {"variant": f"{said}, plain sampler", "full": full, **lab.measure(None, full, against=lab.steps)}
+    lab.call = call
+
+
 def granularity(lab: Lab, counts: list[int]) -> Iterator[Row]:
     for full in counts:
         chosen = tuple(sorted(lab_schedule(lab, full)))
@@ -269,7 +281,8 @@ def main() -> None:
     """Run the parts asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="fashion-dit")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    usual = [part for part in PARTS if part != "another size"]  # which not every pipeline has
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=usual)
     parser.add_argument("--full", type=int, nargs="+", default=[6, 8, 10, 12, 14, 16, 20, 25], help="computed steps")
     parser.add_argument("--few", type=int, nargs="+", default=[8, 12, 16], help="the same, for all parts but `budgets`")
     parser.add_argument("--samples", type=int, default=16)
@@ -278,6 +291,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=64, help="calibration runs, at most, for `trajectories`")
     parser.add_argument("--steps", type=int, default=0, help="of a run; 0 for the pipeline's own number")
     parser.add_argument("--call", default="{}", help="further arguments of the pipeline's call, as JSON")
+    parser.add_argument("--size", default='{"height": 48, "width": 96}', help="for `another size`, as JSON")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/fitted"))
     arguments = parser.parse_args()
@@ -293,6 +307,7 @@ def main() -> None:
         "warm-up": lambda: warmups(lab, counts),
         "trajectories": lambda: trajectories(lab, counts, arguments.most),
         "other runs": lambda: other_runs(lab, counts),
+        "another size": lambda: another_size(lab, counts, json.loads(arguments.size)),
         "granularity": lambda: granularity(lab, counts),
     }
     arguments.out.mkdir(parents=True, exist_ok=True)

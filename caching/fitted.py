@@ -79,6 +79,7 @@ class Fitted(CalibratedMethod):
     seams: ClassVar[frozenset[str]] = frozenset({"model"})
     table_kind: ClassVar[type[Table]] = FittedTable
     shaping: ClassVar[tuple[str, ...]] = ()
+    bound: ClassVar[bool] = False
     trajectories: ClassVar[int] = 4
     citation: ClassVar[str] = """@software{dita2026fitted,
   title={Fitted: forecasts and schedules learned from one's own diffusion pipeline},

@@ -77,9 +77,8 @@ class FittedTable(Table):
         return int(min(steps, max(2, np.ceil(steps / speedup / 2), np.floor(most + 1e-9))))
 
     def differences(self, view: Conditions) -> list[str]:
-        """See `Table.differences`; other timesteps and schedulers are carried over, see `at`."""
-        shape = tuple(view.shapes[0][1:]) if view.shapes else ()
-        return [f"an input of {self.shape} (now {shape})"] if self.shape and self.shape != shape else []
+        """None that matter: other timesteps and schedulers are carried over, see `at`; sizes share their moments."""
+        return []
 
     def at(self, timesteps: tuple[float, ...], response: np.ndarray | None) -> Moments:
         """The moments of runs at other timesteps: outputs in between are taken to lie on a line.
