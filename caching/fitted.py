@@ -112,10 +112,21 @@ class Fitted(CalibratedMethod):
         """
         table, full, speedup = self.table, self.full, self.speedup
         if self.calibration and table is None:
-            table, kept = read_fit(self.calibration)
+            kept = Fitted.read(self.calibration)
+            table = kept.table
             if not full and not speedup:
-                full, speedup = int(kept.get("full", 0)), float(kept.get("speedup", 0.0))
+                full, speedup = kept.full, kept.speedup
         return table, full, speedup or _DEFAULT
+
+    @staticmethod
+    def read(path: str | Path) -> Fitted:
+        """The method that `save` wrote.
+
+        Raises:
+            DitaError: no such file, or not such a file.
+        """
+        table, kept = read_fit(path)
+        return Fitted(table=table).replace(**kept)
 
     def recipe(self, anatomy: Anatomy) -> Recipe:
         """The model's output, by a planner that all streams share."""

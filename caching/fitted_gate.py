@@ -79,7 +79,9 @@ class Gate(Loop):
     def step(self, step: Step, solve: Solver) -> torch.Tensor:
         """Compare, where the step was computed."""
         now = step.position.step
-        self._alike &= step.position.index == now and abs(step.position.timestep - self.table.timesteps[now]) < 1e-2
+        # A run of other steps has no entry of its own in the table.
+        self._alike = self._alike and step.position.index == now
+        self._alike = self._alike and abs(step.position.timestep - self.table.timesteps[now]) < 1e-2
         if self._alike and (now in self._extra or now in self.schedule):
             flat = step.output.detach().flatten(1)
             output = flat[:, :: max(1, flat.shape[1] // _ENTRIES)].float()

@@ -39,7 +39,7 @@ class Plan:
 
     def __init__(self, schedule: tuple[int, ...], moments: Moments | None, most: int) -> None:
         self.schedule, self.moments, self.most = frozenset(schedule), moments, most
-        self._found: dict[tuple[tuple[bool | None, ...], int], tuple[tuple[float, ...], float]] = {}
+        self._found: dict[tuple[bool | None, ...], tuple[tuple[float, ...], float]] = {}
 
     def weights(self, past: tuple[bool | None, ...]) -> tuple[tuple[float, ...], float]:
         """The weights of the next step, newest anchor first, and the expected mean squared error of its output.
@@ -48,10 +48,9 @@ class Plan:
             past: for each step so far whether it was computed; None for one that was not seen, of which the features
                 are another's.
         """
-        key = (past, len(past))
-        if key not in self._found:
-            self._found[key] = self._fit(past)
-        return self._found[key]
+        if past not in self._found:
+            self._found[past] = self._fit(past)
+        return self._found[past]
 
     def _fit(self, past: tuple[bool | None, ...]) -> tuple[tuple[float, ...], float]:
         seen = [step for step, computed in enumerate(past) if computed]

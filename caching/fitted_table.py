@@ -45,7 +45,7 @@ class FittedTable(Table):
             raise DitaError(f"this fit is damaged: {', '.join(wrong) or 'too few steps'}; calibrate again")
         return Moments(arrays["gram"], arrays["response"], arrays["unrest"])
 
-    @property
+    @cached_property
     def timesteps(self) -> np.ndarray:
         """Of the calibrated run: float64 [S], falling."""
         return np.asarray(self.values["timesteps"], dtype=np.float64)

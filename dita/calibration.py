@@ -63,9 +63,9 @@ def calibrate(
 
     if sum(value is not None for value in (speedup, psnr, budget)) > 1:
         raise DitaError("speedup, psnr and budget each decide how many steps are computed; give one of them")
-    fits = method == Fitted.name or isinstance(method, Fitted) or method is Fitted
-    wanted = {"speedup": speedup, "full" if fits else "budget": budget}
-    config = resolve(method, **options, **{name: value for name, value in wanted.items() if value is not None})
+    config = resolve(method, **options)
+    wanted = {"speedup": speedup, "full" if isinstance(config, Fitted) else "budget": budget}
+    config = config.replace(**{name: value for name, value in wanted.items() if value is not None})
     runs = [*([] if call is None else [call]), *calls]
     if not runs:
         raise DitaError('calibrating needs a call that runs the pipeline: calls=[lambda p: p("a prompt")]')
@@ -159,9 +159,7 @@ def load_method(path: str | Path) -> Method:
     if Path(path).suffix == ".safetensors":
         from dita.caching.fitted import Fitted
 
-        fitted = Fitted(calibration=str(path))
-        table, full, speedup = fitted.fit
-        return Fitted(table=table, full=full, speedup=0.0 if full else speedup)
+        return Fitted.read(path)
     try:
         text = Path(path).read_text()
     except OSError as error:

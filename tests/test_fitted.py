@@ -313,6 +313,20 @@ def test_a_damaged_file_is_refused_and_changes_nothing(kind: str, found: Fitted,
     assert_same_snapshot(snapshot(pipe), before)
 
 
+def test_what_is_read_is_what_was_saved(found: Fitted, tmp_path: Any) -> None:
+    path = tmp_path / "x.safetensors"
+    method = found.replace(anchors=3, warmup=2, full=4)
+    method.save(path)
+    assert dita.load_method(path) == method
+
+
+def test_a_gate_leaves_longer_runs_alone(found: Fitted) -> None:
+    pipe = TINY["dit"].build()
+    with dita.accelerated(pipe, found, gate=1.01):
+        assert torch.isfinite(TINY["dit"].call(pipe, steps=12)).all()
+        assert len(dita.report(pipe).runs[-1].computed_steps) == 3
+
+
 def test_a_fit_of_another_model_is_refused(found: Fitted) -> None:
     pipe = TINY["pixart"].build()
     with pytest.raises(dita.DitaError, match="was measured on DiTTransformer2DModel"):
