@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dita.anatomy import Block, ModulePart
+from dita.anatomy import Anatomy, Block, ModulePart, input_site
 from dita.errors import DitaError
 from dita.parts import first_attention
 from dita.reporting import StepRecord
@@ -56,6 +56,19 @@ class Hooked:
         self.driven = handler.drives(site)
         self.wants_inputs = site.kind == "module" and handler.wants_inputs(site)
         self.by_tokens = part is not None and site.role in ("mlp", "linear")
+
+
+def check_inputs(anatomy: Anatomy, sites: set[Site]) -> None:
+    """Refuse to reuse layers inside of attention modules whose tokens are reduced: each time by other tokens."""
+    for part in (*anatomy.modules, *anatomy.inner):
+        inside = part.site.name + "."
+        if part.site.role == "attention" and input_site(part.site) in sites:
+            clash = next((s.name for s in sites if s.role == "linear" and s.name.startswith(inside)), None)
+            if clash is not None:
+                raise DitaError(
+                    f"one method reuses {clash}, another changes from step to step which tokens "
+                    f"{part.site.name} reads: they exclude each other; choose one"
+                )
 
 
 def run_to_attention(block: Block, forward: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

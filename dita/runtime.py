@@ -22,6 +22,7 @@ from dita.passage import (
     Hooked,
     Original,
     Timer,
+    check_inputs,
     first_tensor,
     flatten,
     latents_of,
@@ -94,7 +95,7 @@ class ModelRuntime:
         if hasattr(model, "cache_context"):
             self._patch(model, "cache_context", self._cache_context)
         sites = {site for handler in self.handlers for site in handler.sites}
-        self._check_inputs(sites)
+        check_inputs(self.anatomy, sites)
         # The innermost hooks come first: a module that is skipped, or whose block is, reads nothing.
         for block, site in zip(self.anatomy.blocks, self.anatomy.block_inputs, strict=True):
             if site in sites:
@@ -377,18 +378,6 @@ class ModelRuntime:
                 return original(*args, **kwargs)
 
         return around
-
-    def _check_inputs(self, sites: set[Site]) -> None:
-        """Refuse to reuse layers inside of attention modules whose tokens are reduced: each time by other tokens."""
-        for part in (*self.anatomy.modules, *self.anatomy.inner):
-            inside = part.site.name + "."
-            if part.site.role == "attention" and input_site(part.site) in sites:
-                clash = next((s.name for s in sites if s.role == "linear" and s.name.startswith(inside)), None)
-                if clash is not None:
-                    raise DitaError(
-                        f"one method reuses {clash}, another changes from step to step which tokens "
-                        f"{part.site.name} reads: they exclude each other; choose one"
-                    )
 
     def _around_input(self, site: Site, module: torch.nn.Module, block: Block, place: int = 0) -> Any:
         """Let the handler reduce the image tokens that a module or block reads."""
