@@ -101,6 +101,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("colour_accuracy", "colour acc.", ".1%", "samples with the colours that the caption asks for", "higher"),
     Metric("place_accuracy", "place acc.", ".1%", "samples with every garment where the caption asks for it", "higher"),
     Metric("motion_accuracy", "motion acc.", ".1%", "samples that move as the caption asks", "higher"),
+    Metric(
+        "accuracy_change",
+        "acc. change",
+        "+.1%",
+        "samples that are what was asked for, less the plain run's; the interval is of the pairs with the same seed",
+        "higher",
+    ),
     Metric("clip_score", "CLIP score", ".2f", "likeness of sample and prompt, 0 to 100", "higher"),
     Metric(
         "flicker_difference",

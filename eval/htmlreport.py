@@ -11,7 +11,7 @@ from dita.eval.columns import METRICS, interval_of
 from dita.eval.gallery import gallery, picture_uri
 from dita.eval.rows import Row, best_at, origin_of, used_columns
 from dita.eval.timeline import lanes
-from dita.eval.winners import Winner, best_at_semantic, semantic_of, winners
+from dita.eval.winners import Winner, best_at_semantic, comparable, winners
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
 _TEXTS = ("method", "setting", "origin", "task", "media")
@@ -174,10 +174,7 @@ def _card(winner: Winner, title: str) -> dict[str, Any]:
 def _best(rows: list[Row]) -> dict[str, Any]:
     by_name = {metric.name: metric for metric in METRICS}
     tasks = {task: [r for r in rows if (r.get("task") or "") == task] for task in _tasks(rows)}
-    plain = {
-        task: next((r for r in own if r["method"] == "plain" and not r.get("error")), {}) for task, own in tasks.items()
-    }
-    asked = {task: semantic_of(row) for task, row in plain.items()}
+    asked = {task: comparable(own) for task, own in tasks.items()}
     heads = [("30 dB or more", "PSNR dB")] + [("equal semantic accuracy", "accuracy")] * any(asked.values())
     found = []
     for task, own in tasks.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -65,6 +65,7 @@ class Judge:
     fid: bool = False
     clip: str | None = None
     device: str | torch.device = "cpu"
+    asked: ClassVar[str] = ""  # the metric that says whether a sample is what was asked for
 
     @property
     def identity(self) -> str:
@@ -84,6 +85,8 @@ class Judge:
             Per metric a tensor with one entry a sample, to be joined over calls and given to `summarise`.
         """
         values = self._against_data(drawn.media, sampling, indices)
+        if plain is not None and self.asked in values:
+            values["accuracy_change"] = values[self.asked] - self._right(plain.media, sampling, indices)
         if self.clip is not None:
             from dita.eval.metrics import clip_score
 
@@ -121,6 +124,10 @@ class Judge:
     def _against_data(self, media: torch.Tensor, sampling: Sampling, indices: range) -> Values:
         return {}
 
+    def _right(self, media: torch.Tensor, sampling: Sampling, indices: range) -> torch.Tensor:
+        """1 where a sample is what was asked for, else 0: float32 [N]."""
+        raise NotImplementedError
+
     def _distances(self, features: Values) -> dict[str, float]:
         return {}
 
@@ -152,6 +159,7 @@ def _cached_lpips(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
 class GarmentJudge(Judge):
     """Reads grey garments by class: fashion-dit."""
 
+    asked: ClassVar[str] = "class_accuracy"
     classifier: FashionClassifier = field(default_factory=load_classifier)
     reference: Reference = field(default_factory=load_reference)
     _inception: KernelInceptionDistance | None = field(default=None, repr=False)
@@ -166,9 +174,8 @@ class GarmentJudge(Judge):
     def _against_data(self, media: torch.Tensor, sampling: Sampling, indices: range) -> Values:
         if media.shape[1:] != (1, 32, 32):
             raise DitaError(f"samples have shape {tuple(media.shape[1:])}; the garment judge reads [1, 32, 32]")
-        labels = sampling.labels()[indices.start : indices.stop]
         values = {
-            "class_accuracy": (self.classifier(2 * media - 1).argmax(1) == labels).float(),
+            "class_accuracy": self._right(media, sampling, indices),
             "fd_garment": garment_features(media, self.classifier),
         }
         if self.fid:
@@ -177,6 +184,10 @@ class GarmentJudge(Judge):
                 self._inception = KernelInceptionDistance(real.to(self.device), download=False)
             values["fid"] = self._inception.features(media.to(self.device)).cpu()
         return values
+
+    def _right(self, media: torch.Tensor, sampling: Sampling, indices: range) -> torch.Tensor:
+        labels = sampling.labels()[indices.start : indices.stop]
+        return (self.classifier(2 * media - 1).argmax(1) == labels).float()
 
     def _against_plain(self, drawn: Drawn, plain: Drawn) -> Values:
         distance = garment_perceptual_distance(drawn.media, plain.media, self.classifier)
@@ -195,6 +206,7 @@ class GarmentJudge(Judge):
 class WorldJudge(Judge):
     """Reads scenes and clips of the bundled world: fashion-flux, fashion-wan."""
 
+    asked: ClassVar[str] = "semantic_accuracy"
     kind: str = "scene"
     net: WorldNet = field(default_factory=load_worldnet)
     reference: Reference | None = None
@@ -218,6 +230,9 @@ class WorldJudge(Judge):
             **{f"{name}_accuracy": values for name, values in found.parts.items()},
             "fd_world": self.net.features(2 * media - 1),
         }
+
+    def _right(self, media: torch.Tensor, sampling: Sampling, indices: range) -> torch.Tensor:
+        return semantics(media, sampling.captions(indices), self.net).whole
 
     def _against_plain(self, drawn: Drawn, plain: Drawn) -> Values:
         distance = world_perceptual_distance(drawn.media, plain.media, self.net)

@@ -69,6 +69,21 @@ def test_real_samples_score_as_real_ones():
     assert judge.summarise(observe(judge, Drawn(scenes(texts, 5), None), None, swapped))["semantic_accuracy"] < 0.1
 
 
+def test_accuracy_is_compared_sample_by_sample():
+    texts = captions("scene", 8)
+    media = scenes(texts)
+    sampling, judge = Sampling(8, 4, 5, 1.0, 0, tuple(texts)), WorldJudge(kind="scene")
+    right = observe(judge, Drawn(media, None), None, sampling)["semantic_accuracy"]
+    assert right.sum() >= 3
+    blank = torch.zeros_like(media)
+    lost = observe(judge, Drawn(blank, None), Drawn(media, None), sampling)["accuracy_change"]
+    assert lost.equal(-right)
+    assert observe(judge, Drawn(media, None), Drawn(blank, None), sampling)["accuracy_change"].equal(right)
+    row = judge.summarise(observe(judge, Drawn(media, None), Drawn(media, None), sampling))
+    assert row["accuracy_change"] == 0
+    assert row["intervals"]["accuracy_change"] == [0, 0]
+
+
 def test_videos_are_compared_over_time():
     reference = torch.rand(2, 6, 3, 16, 16, generator=generator())
     judge, sampling = Judge(), Sampling(2, 2, 5, 1.0, 0, ("a", "b"))

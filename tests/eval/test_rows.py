@@ -80,6 +80,7 @@ def test_tables_show_errors_and_drop_empty_columns():
 
 MEASURED = {
     "origin": "peer", "task": "fashion-wan", "media": "video", "frames": 13, "semantic_accuracy": 0.8125,
+    "accuracy_change": -0.01,
     "garment_accuracy": 0.9, "colour_accuracy": 1.0, "place_accuracy": 0.7, "motion_accuracy": 0.85, "fd_world": 12.5,
     "perceptual": 0.0123, "kid": 0.01, "fid": 20.0, "lpips": 0.2, "clip_score": 31.0, "flicker_difference": -0.001,
     "motion_consistency": 0.9, "latent_l1": 0.1, "latent_l2": 0.2, "peak_memory_bytes": 3 << 20, "ssim": 0.9,
@@ -152,6 +153,20 @@ def test_semantic_accuracy_may_fall_by_the_tolerance_or_stay_in_the_interval():
     assert best_at_semantic(narrow, tolerance=0.015)["fewer steps"] == narrow[1]
     with pytest.raises(DitaError, match="no row of the plain run"):
         best_at_semantic([row(PLAIN, error="no"), row()][:1])
+
+
+def test_pairs_decide_where_there_are_enough():
+    def paired(method: str, speedup: float, low: float, samples: int = 200) -> dict:
+        change = {"accuracy_change": (low + 0.03) / 2, "intervals": {"accuracy_change": [low, 0.03]}}
+        return row(method, speedup=speedup, semantic_accuracy=0.4, samples=samples, **change)
+
+    plain = row(PLAIN, semantic_accuracy=0.5, samples=200, intervals={"semantic_accuracy": [0.45, 0.55]})
+    rows = [plain, paired("a", 2.0, -0.01), paired("a", 3.0, -0.049), paired("a", 4.0, -0.051)]
+    assert best_at_semantic(rows)["a"] == rows[2], "its accuracy alone would not pass: other samples were asked for"
+    assert [each.criterion for each in winners(rows)] == ["PSNR >= 30 dB", "equal semantic accuracy"]
+    few = [{**plain, "samples": 59}, paired("a", 2.0, 0.0, 59)]
+    assert best_at_semantic(few)["a"] is None
+    assert [each.criterion for each in winners(few)] == ["PSNR >= 30 dB"], "too few samples to tell"
 
 
 def test_classes_stand_in_where_no_captions_are():
