@@ -27,7 +27,6 @@ from dita.caching.fitted_gate import Gate
 from dita.caching.fitted_plan import Following, Planner
 from dita.caching.fitted_table import FittedTable, read_fit
 from dita.caching.forecast import Forecast
-from dita.caching.policy import View
 from dita.caching.table import CalibratedMethod
 from dita.config import check_number, check_whole
 from dita.errors import DitaError
@@ -134,11 +133,12 @@ class Fitted(CalibratedMethod):
         if table is not None:
             table = table_for(self.name, table, anatomy)
         planner = self.planner(table, full, speedup)
-        check: Callable[[View], None] = _say_uncalibrated if table is None else table.check
-        if speedup == 1 and not full:
-            check = _nothing
+        unsure = table is None and (speedup > 1 or bool(full))
         return Recipe(
-            what="model", when=lambda: Following(planner, check), how=Forecast(self.anchors - 1), keep="output"
+            what="model",
+            when=lambda: Following(planner, _say_uncalibrated if unsure else None),
+            how=Forecast(self.anchors - 1),
+            keep="output",
         )
 
     def loop(self, anatomies: tuple[Anatomy, ...], pipe: Any = None) -> Loop | None:
@@ -246,11 +246,7 @@ class _Probing(Fitted):
         return Planner(table, 0, 1.0, self.anchors, given=spread(table.steps, max(2, table.steps // 3), 1.7))
 
 
-def _nothing(view: View) -> None:
-    pass
-
-
-def _say_uncalibrated(view: View) -> None:
+def _say_uncalibrated() -> None:
     import warnings
 
     from dita.errors import DitaWarning

@@ -57,7 +57,8 @@ class Observer(Loop):
                 "calls it twice. Choose another scheduler, or a method such as taylorseer"
             )
         self.scheduler = fingerprint(run.scheduler)
-        self.response = linear_response(run.scheduler)
+        if not self.runs:
+            self.response = linear_response(run.scheduler)
         self._outputs, self._states = [], []
 
     def model(self, request: Request, run: Runner) -> Any:
@@ -124,7 +125,7 @@ def observe(
     Raises:
         DitaError: the calls ran no whole loop, or loops of different timesteps.
     """
-    from dita.session import transformers_of
+    from dita.session import model_of
 
     gram, entries, first, trajectories = None, 0, Observer(), 0
     shown, rest, whole = None, [], []
@@ -156,7 +157,6 @@ def observe(
     if response is None or not _follows(response, first):
         response, linear = equal_steps(len(first.times)), False
     count = len(first.times)
-    model = fingerprint(next(iter(transformers_of(pipe).values())))
     values: dict[str, Any] = {
         "gram": (gram / entries).tolist(),
         "response": response.tolist(),
@@ -166,7 +166,7 @@ def observe(
         "trajectories": trajectories,
         "linear": int(linear),
     }
-    conditions = (model, first.scheduler, first.shape, count)
+    conditions = (model_of(pipe), first.scheduler, first.shape, count)
     table = FittedTable(frozen(values), *conditions)
     second = Observer()
     _watched(pipe, second, 0, calls[0], accelerated(table), *beside)

@@ -122,11 +122,11 @@ class Following(Policy):
 
     Args:
         planner: makes it.
-        check: compares the run with the calibrated one, once.
+        say: called at the run's first step, to warn.
     """
 
-    def __init__(self, planner: Planner, check: Callable[[View], None]) -> None:
-        self._planner, self._check = planner, check
+    def __init__(self, planner: Planner, say: Callable[[], None] | None = None) -> None:
+        self._planner, self._say = planner, say
         self._plan: Plan | None = None
         self._past: list[bool | None] = []
 
@@ -140,7 +140,8 @@ class Following(Policy):
 
     def _of(self, view: View) -> Plan:
         if self._plan is None:
-            self._check(view)
+            if self._say is not None:
+                self._say()
             self._plan = self._planner.plan(view)
         return self._plan
 

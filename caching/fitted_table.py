@@ -13,7 +13,7 @@ import torch
 
 from dita.caching.fitting import Moments
 from dita.errors import DitaError
-from dita.table import Conditions, Table, frozen
+from dita.table import Table, frozen
 
 _FORMAT = "dita fitted 1"
 _TENSORS = ("gram", "response", "unrest", "timesteps")
@@ -75,10 +75,6 @@ class FittedTable(Table):
             return steps
         most = ((rest + steps * whole) / speedup - rest - steps * skipped) / max(whole - skipped, 1e-9)
         return int(min(steps, max(2, np.ceil(steps / speedup / 2), np.floor(most + 1e-9))))
-
-    def differences(self, view: Conditions) -> list[str]:
-        """None that matter: other timesteps and schedulers are carried over, see `at`; sizes share their moments."""
-        return []
 
     def at(self, timesteps: tuple[float, ...], response: np.ndarray | None) -> Moments:
         """The moments of runs at other timesteps: outputs in between are taken to lie on a line.

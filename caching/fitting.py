@@ -96,6 +96,7 @@ class Tracker:
         self._outputs = np.zeros((count, steps, size))
         self._errors = np.zeros((count, steps, size))
         self._anchors = np.full((count, most), -1)
+        self._off = np.zeros((count, size))  # of the latents now
 
     def step(self, computed: Sequence[bool] | np.ndarray) -> np.ndarray:
         """Take every run one step further.
@@ -112,8 +113,7 @@ class Tracker:
         weights = np.zeros((self.count, self.most))
         weights[:, 0] = 1.0
         if computed.any():
-            off = np.einsum("t,ptd->pd", m.response[s, :s], self._errors[computed, :s])
-            self._outputs[computed, s] = truth + m.feedback[s] * off
+            self._outputs[computed, s] = truth + m.feedback[s] * self._off[computed]
             self._anchors[computed] = np.concatenate(
                 [np.full((computed.sum(), 1), s), self._anchors[computed, :-1]], axis=1
             )
@@ -122,6 +122,7 @@ class Tracker:
             weights[skipped], self._outputs[skipped, s] = self._forecast(skipped, truth)
         self._errors[:, s] = self._outputs[:, s] - truth
         self.now += 1
+        self._off = np.einsum("t,ptd->pd", m.response[self.now, : self.now], self._errors[:, : self.now])
         return weights
 
     def _forecast(self, runs: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -156,8 +157,7 @@ class Tracker:
 
     def distance(self) -> np.ndarray:
         """Expected mean squared distance of the latents now from those of a full run, per run: [count]."""
-        off = np.einsum("t,ptd->pd", self.moments.response[self.now, : self.now], self._errors[:, : self.now])
-        return np.square(off).sum(1)
+        return np.square(self._off).sum(1)
 
 
 def expected_error(moments: Moments, schedules: np.ndarray, most: int) -> np.ndarray:

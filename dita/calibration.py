@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from dita.config import Method
 from dita.errors import DitaError, DitaWarning
-from dita.fingerprint import fingerprint
 from dita.registry import resolve
 
 if TYPE_CHECKING:
@@ -107,11 +106,10 @@ def _save(pipe: Any, result: Method, save: str | Path | bool) -> None:
 
 def _own_path(pipe: Any) -> Path:
     """Where the calibration of a pipeline's model is kept."""
-    from dita.session import transformers_of
+    from dita.session import model_of
 
     folder = os.environ.get("DITA_CALIBRATIONS") or Path.home() / ".cache" / "dita" / "calibrations"
-    model = fingerprint(next(iter(transformers_of(pipe).values())))
-    return Path(folder) / f"{model.replace(':', '-')}.safetensors"
+    return Path(folder) / f"{model_of(pipe).replace(':', '-')}.safetensors"
 
 
 def present(pipe: Any) -> Fitted | None:
@@ -128,12 +126,12 @@ def present(pipe: Any) -> Fitted | None:
         Fitted(calibration='flux/dita.safetensors')
     """
     from dita.caching.fitted import Fitted
-    from dita.session import transformers_of
+    from dita.session import model_of
 
     source = getattr(pipe, "name_or_path", None)
     folder = isinstance(source, (str, os.PathLike)) and str(source) and Path(source).is_dir()
     beside = [Path(str(source)) / BESIDE] if folder else []
-    model = fingerprint(next(iter(transformers_of(pipe).values())))
+    model = model_of(pipe)
     for path in (*beside, _own_path(pipe)):
         if path.is_file():
             fitted = Fitted(calibration=str(path))

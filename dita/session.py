@@ -14,6 +14,7 @@ from dita.clock import RunClock
 from dita.config import Method
 from dita.defaults import default_methods
 from dita.errors import DitaError
+from dita.fingerprint import fingerprint
 from dita.loop import Run
 from dita.registry import resolve
 from dita.reporting import KEPT_RUNS, Report, RunReport
@@ -128,6 +129,19 @@ def transformers_of(pipe: Any) -> dict[str, nn.Module]:
             "accelerates pipelines whose denoiser is a diffusion transformer."
         )
     return found
+
+
+def model_of(pipe: Any) -> str:
+    """Fingerprint of a pipeline's transformer, of the first where there are two: what its calibrations belong to.
+
+    Raises:
+        DitaError: as `transformers_of`.
+
+    Example:
+        >>> model_of(pipe)  # doctest: +SKIP
+        'FluxTransformer2DModel:0c9d...'
+    """
+    return fingerprint(next(iter(transformers_of(pipe).values())))
 
 
 def accelerate_pipeline(pipe: P, *methods: str | Method | type[Method], **options: Any) -> P:

@@ -204,7 +204,7 @@ class LinearAG(GuidanceMethod, CalibratedSampling):
         Raises:
             DitaError: the call ran no loop, one without guidance, or runs that differ in their number of steps.
         """
-        from dita.session import transformers_of
+        from dita.session import model_of
 
         seen = Trajectories()
         with watched(pipe, GuidanceLoop(seen, self.name)):
@@ -218,7 +218,7 @@ class LinearAG(GuidanceMethod, CalibratedSampling):
         if measured is None:
             raise DitaError("the calibration call ran no guided sampling loop: it must run the pipeline with guidance")
         values = {**seen.weights(self.interval, self.ridge), "interval": self.interval, "scale": measured.scale or 0.0}
-        model, shape = fingerprint(next(iter(transformers_of(pipe).values()))), tuple(measured.shapes[0][1:])
+        model, shape = model_of(pipe), tuple(measured.shapes[0][1:])
         table = LinearWeights(frozen(values), model, measured.scheduler, shape, measured.position.schedule_length)
         return self.replace(table=table)
 
