@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from dita.kernels.weighted_sum import MAX_TERMS
-from dita.kernels.weighted_sum_triton import BLOCK, load, weight_of
+from dita.kernels.weighted_sum_triton import BLOCK, add_terms, load, weight_of
 
 
 @triton.jit
@@ -27,20 +27,10 @@ def gated_forecast_kernel(
     column = offsets % channels
     row = offsets // channels
     total = weight_of(w0, table, column, inside, per_channel) * load(x0, offsets, inside)
-    if terms > 1:
-        total += weight_of(w1, table + 1 * channels, column, inside, per_channel) * load(x1, offsets, inside)
-    if terms > 2:
-        total += weight_of(w2, table + 2 * channels, column, inside, per_channel) * load(x2, offsets, inside)
-    if terms > 3:
-        total += weight_of(w3, table + 3 * channels, column, inside, per_channel) * load(x3, offsets, inside)
-    if terms > 4:
-        total += weight_of(w4, table + 4 * channels, column, inside, per_channel) * load(x4, offsets, inside)
-    if terms > 5:
-        total += weight_of(w5, table + 5 * channels, column, inside, per_channel) * load(x5, offsets, inside)
-    if terms > 6:
-        total += weight_of(w6, table + 6 * channels, column, inside, per_channel) * load(x6, offsets, inside)
-    if terms > 7:
-        total += weight_of(w7, table + 7 * channels, column, inside, per_channel) * load(x7, offsets, inside)
+    total = add_terms(
+        total, x1, x2, x3, x4, x5, x6, x7, w1, w2, w3, w4, w5, w6, w7, table, offsets, column, inside, channels,
+        terms, per_channel,
+    )  # fmt: skip
     opening = load(gate, row // tokens * gate_batch + row % tokens * gate_row + column, inside)
     total = load(residual, offsets, inside) + opening * total
     tl.store(out + offsets, total.to(out.dtype.element_ty), mask=inside)

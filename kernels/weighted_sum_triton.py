@@ -30,20 +30,11 @@ def weight_of(number, row, column, inside, per_channel: tl.constexpr):
 
 
 @triton.jit
-def weighted_sum_kernel(
-    x0, x1, x2, x3, x4, x5, x6, x7, w0, w1, w2, w3, w4, w5, w6, w7, table, base, out, size, channels,
-    terms: tl.constexpr, has_base: tl.constexpr, per_channel: tl.constexpr, block: tl.constexpr,
+def add_terms(
+    total, x1, x2, x3, x4, x5, x6, x7, w1, w2, w3, w4, w5, w6, w7, table, offsets, column, inside, channels,
+    terms: tl.constexpr, per_channel: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = base[i] + sum_j w_j * x_j[i] for i < size, one program per `block` elements.
-
-    With `per_channel` w_j is table[j, i % channels]; the table is small and stays in the cache.
-    """
-    offsets = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    inside = offsets < size
-    column = offsets % channels
-    total = weight_of(w0, table, column, inside, per_channel) * load(x0, offsets, inside)
-    if has_base:
-        total += load(base, offsets, inside)
+    """total + sum_j w_j * x_j from the second of `terms` terms on, with the weights in `table` if `per_channel`."""
     if terms > 1:
         total += weight_of(w1, table + 1 * channels, column, inside, per_channel) * load(x1, offsets, inside)
     if terms > 2:
@@ -58,6 +49,28 @@ def weighted_sum_kernel(
         total += weight_of(w6, table + 6 * channels, column, inside, per_channel) * load(x6, offsets, inside)
     if terms > 7:
         total += weight_of(w7, table + 7 * channels, column, inside, per_channel) * load(x7, offsets, inside)
+    return total
+
+
+@triton.jit
+def weighted_sum_kernel(
+    x0, x1, x2, x3, x4, x5, x6, x7, w0, w1, w2, w3, w4, w5, w6, w7, table, base, out, size, channels,
+    terms: tl.constexpr, has_base: tl.constexpr, per_channel: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """out[i] = base[i] + sum_j w_j * x_j[i] for i < size, one program per `block` elements.
+
+    With `per_channel` w_j is table[j, i % channels]; the table is small and stays in the cache.
+    """
+    offsets = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = offsets < size
+    column = offsets % channels
+    total = weight_of(w0, table, column, inside, per_channel) * load(x0, offsets, inside)
+    if has_base:
+        total += load(base, offsets, inside)
+    total = add_terms(
+        total, x1, x2, x3, x4, x5, x6, x7, w1, w2, w3, w4, w5, w6, w7, table, offsets, column, inside, channels,
+        terms, per_channel,
+    )  # fmt: skip
     tl.store(out + offsets, total.to(out.dtype.element_ty), mask=inside)
 
 

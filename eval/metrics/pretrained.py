@@ -71,10 +71,9 @@ class InceptionDistance:
         features: int = 2048,
     ) -> None:
         real = _checked(real, "real")
-        path = _inception_file(weights, download)
+        options = _inception_options(weights, download)
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        options: dict[str, Any] = {"feature_extractor_weights_path": str(path), **_resizing(FrechetInceptionDistance)}
         self.batch = batch
         self._metric = FrechetInceptionDistance(features, reset_real_features=False, **options).to(real.device)
         self._update(real, True)
@@ -133,10 +132,9 @@ class KernelInceptionDistance:
         features: int = 2048,
     ) -> None:
         real = _checked(real, "real")
-        path = _inception_file(weights, download)
+        options = _inception_options(weights, download)
         from torchmetrics.image.fid import NoTrainInceptionV3
 
-        options: dict[str, Any] = {"feature_extractor_weights_path": str(path), **_resizing(NoTrainInceptionV3)}
         self.batch = batch
         self._network = NoTrainInceptionV3("inception-v3-compat", [str(features)], **options).to(real.device)
         self.real = self._features(real)
@@ -159,16 +157,15 @@ class KernelInceptionDistance:
         return torch.cat([self._network(_eight_bits(part)) for part in images.split(self.batch)])
 
 
-def _inception_file(weights: str | Path | None, download: bool) -> Path:
+def _inception_options(weights: str | Path | None, download: bool) -> dict[str, Any]:
     require("torch_fidelity")
     path = find_weights(INCEPTION, weights, download)
     load_weights(path)  # the extractor unpickles without restraint, so refuse here what is not plain tensors
-    return path
+    from torchmetrics.image.fid import FrechetInceptionDistance
 
-
-def _resizing(cls: type) -> dict[str, bool]:
-    # Older releases of torchmetrics know only TensorFlow 1's way, which is the one wanted.
-    return {"antialias": False} if "antialias" in signature(cls).parameters else {}
+    # Older releases of torchmetrics know only TensorFlow 1's way of resizing, which is the one wanted.
+    newer = "antialias" in signature(FrechetInceptionDistance).parameters
+    return {"feature_extractor_weights_path": str(path), **({"antialias": False} if newer else {})}
 
 
 def lpips(

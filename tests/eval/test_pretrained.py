@@ -283,7 +283,7 @@ def signs(size: int) -> torch.Tensor:
 def test_fid_in_closed_form_on_gaussians_of_known_moments(monkeypatch):
     import torchmetrics.image.fid as home
 
-    monkeypatch.setattr("dita.eval.metrics.pretrained._inception_file", lambda *args: Path("none"))
+    monkeypatch.setattr("dita.eval.metrics.pretrained._inception_options", lambda *args: {})
     monkeypatch.setattr(home, "NoTrainInceptionV3", Pixels)
 
     def drawn(mean: int, spread: int) -> torch.Tensor:
@@ -307,7 +307,7 @@ def test_images_that_came_from_bytes_go_back_to_the_same_bytes(monkeypatch):
             seen.append(x)
             return super().forward(x)
 
-    monkeypatch.setattr("dita.eval.metrics.pretrained._inception_file", lambda *args: Path("none"))
+    monkeypatch.setattr("dita.eval.metrics.pretrained._inception_options", lambda *args: {})
     monkeypatch.setattr(home, "NoTrainInceptionV3", Watching)
     every = torch.arange(256).reshape(1, 1, 16, 16)
     KernelInceptionDistance((every / 127.5 - 1 + 1) / 2)
