@@ -11,6 +11,7 @@ import torch
 from pipelines import TINY
 from typer.testing import CliRunner
 
+from dita import registry
 from dita.cli import app
 from dita.errors import DitaError
 from dita.eval import attention_timing
@@ -79,6 +80,32 @@ def test_capture_sees_what_the_model_attends_to() -> None:
     attention = (one.seen.q @ one.seen.k.mT / one.seen.q.shape[-1] ** 0.5).softmax(-1)
     expected = float((attention * seen).sum(-1).mean())
     assert recall(one, BlockPlan.of_mask(mask, 4, 4)) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["hunyuan", "cogvideox"])
+def test_every_policy_is_judged_where_text_is_among_the_tokens(family: str) -> None:
+    tiny = TINY[family]
+    pipe = tiny.build()
+    captured = capture(pipe, tiny.call, [2, 3], [1], stop=True)
+    layout = captured[1, 3].layout
+    assert 0 < layout.visual < layout.tokens == captured[1, 3].seen.q.shape[2]
+    thinned = 0
+    for name in sparse_methods():
+        config = registry.get(name)()
+        if config.needs_calibration:
+            continue
+        if name not in ("blade", "xattention"):  # whose blocks must hold more tokens than this
+            config = config.replace(**{k: 4 for k in ("block", "block_q", "block_k") if hasattr(config, k)})
+        found = judge(config, pipe, captured)  # pyright: ignore[reportArgumentType]
+        density, kept, error = found["density"], found["recall"], found["error"]
+        assert density is not None and 0 < density <= 1 and error is not None, name
+        if density == 1:
+            assert error < 1e-5, f"{name} keeps all and is not dense attention"
+        else:
+            thinned += 1
+            assert 0 < error < 1, name
+            assert kept is None or density < kept < 1, f"{name} keeps less of the mass than blocks at random would"
+    assert thinned >= 8
 
 
 def test_only_sparse_methods_are_judged() -> None:
