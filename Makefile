@@ -6,12 +6,15 @@ MODEL ?= fashion-dit
 OUT ?= runs/quick
 PYTEST_ARGS ?=
 
+# pip waits for downloads and pyright has one thread: what does not depend on each other runs side by side.
+MAKEFLAGS += --jobs=2
+
 BIN := $(VENV)/bin
 DATASET := /usr/share/datasets/fashion-mnist
 PINNED := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) OPENBLAS_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: help demo test check format bench notebooks dataset browser clean distclean
+.PHONY: help demo test suite check format bench notebooks dataset browser clean distclean
 
 help:
 	@echo "make demo       create $(VENV), sweep a bundled pipeline within 3 minutes, write $(OUT)/report.html"
@@ -29,8 +32,10 @@ demo: $(VENV)/.installed
 bench: $(VENV)/.installed-eval dataset
 	$(PINNED) $(BIN)/dita sweep --model $(MODEL) --threads $(THREADS) --out runs/full
 
+test: check suite
+
 # One process a core, each on one thread: most tests are too small for two threads to help.
-test: check dataset browser
+suite: $(VENV)/.installed-dev dataset browser
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(OFFLINE) \
 	  $(BIN)/python -m pytest -n $(THREADS) --dist worksteal $(PYTEST_ARGS)
 
@@ -74,8 +79,8 @@ dataset:
 	  echo "no $(DATASET): the data set will be downloaded on first use (see dita.eval.data)"; \
 	fi
 
-# A few tests look at report.html in a browser; without one they skip.
-browser:
+# A few tests look at report.html in a browser; without one they skip. After the data set: apt-get runs once at a time.
+browser: dataset
 	@if command -v chromium chromium-browser google-chrome >/dev/null; then \
 	  exit 0; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
