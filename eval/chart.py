@@ -72,7 +72,7 @@ def _drawn(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _metric(metric: Metric) -> dict[str, Any]:
-    digits = int(metric.form.strip(".%f"))
+    digits = int(metric.form.strip("+.%f"))
     return {
         "name": metric.name,
         "title": metric.title,

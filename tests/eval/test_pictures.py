@@ -9,6 +9,7 @@ from PIL import Image
 
 from dita.errors import DitaError
 from dita.eval.chart import chart_data
+from dita.eval.columns import METRICS
 from dita.eval.films import animation, film, shrink
 from dita.eval.gallery import MOST_ANIMATIONS, MOST_PICTURES, gallery, picture_uri, spread_over_methods
 from dita.eval.looks import COLOURS, GREY, looks
@@ -88,6 +89,13 @@ def test_chart_holds_what_was_measured_and_nothing_else():
     assert data["points"][1]["spreads"] == {"psnr": [30.0, 32.0]}
     assert [(level["metric"], level["value"]) for level in data["levels"]] == [("psnr", 30.0), ("fd_world", 3.0)]
     assert chart_data([])["points"] == []
+
+
+def test_every_measure_can_be_charted():
+    data = chart_data([row("a", **{metric.name: 0.5 for metric in METRICS})])
+    assert [each["name"] for each in data["metrics"]] == [metric.name for metric in METRICS]
+    written = [f"{0.5:.{each['digits']}{'%' if each['share'] else 'f'}}" for each in data["metrics"]]
+    assert written == [metric.text({metric.name: 0.5}).lstrip("+") for metric in METRICS]
 
 
 def test_strip_keeps_the_pixels_of_small_images():
