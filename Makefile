@@ -14,11 +14,12 @@ DATASET := /usr/share/datasets/fashion-mnist
 PINNED := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) OPENBLAS_NUM_THREADS=$(THREADS) TOKENIZERS_PARALLELISM=false
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: help demo test suite check format bench notebooks dataset browser clean distclean
+.PHONY: help demo test suite nightly check format bench notebooks dataset browser clean distclean
 
 help:
 	@echo "make demo       create $(VENV), sweep a bundled pipeline within 3 minutes, write $(OUT)/report.html"
 	@echo "make test       create $(VENV), run ruff, pyright and pytest"
+	@echo "make nightly    5,000 random sequences of events, and every combination of methods"
 	@echo "make check      ruff and pyright only"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make bench      the full sweep, into runs/full"
@@ -38,6 +39,11 @@ test: check suite
 suite: $(VENV)/.installed-dev dataset browser
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(OFFLINE) \
 	  $(BIN)/python -m pytest -n $(THREADS) --dist worksteal $(PYTEST_ARGS)
+
+# What random sequences of events and all combinations of methods do not bring to light in a minute.
+nightly: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(OFFLINE) \
+	  $(BIN)/python -m pytest -n $(THREADS) --timeout 0 --hypothesis-profile nightly tests/test_fuzz.py $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

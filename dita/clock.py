@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dita.fingerprint import fingerprint
-from dita.loop import Loop, Step, StepCall, previous_sample, with_sample
+from dita.loop import Loop, LoopVariables, Step, StepCall, previous_sample, with_sample
 from dita.patch import Patch
 from dita.response import Schedule, linear_response
 from dita.seams import Position
@@ -48,7 +48,7 @@ class RunClock:
     ) -> None:
         self._scheduler_of = scheduler_of
         self._on_step = on_step
-        self._loops, self._pipe = tuple(loops), pipe
+        self._loops, self._pipe, self._variables = tuple(loops), pipe, LoopVariables(pipe)
         self._on_start, self._on_finish = on_start, on_finish
         self._scheduler: Any = None
         self._patches: list[Patch] = []
@@ -129,8 +129,11 @@ class RunClock:
         """Place a call of model number `model`, or return None for a call outside any run.
 
         A branch that comes twice in one step, or a fifth one, means that something other than this pipeline's loop is
-        calling the model: such calls have no place either.
+        calling the model: such calls have no place either. Nor have those of another pipeline that shares it, though a
+        run of this one was left in the middle.
         """
+        if self._variables.elsewhere(self._scheduler_of()):
+            return None
         if self._scheduler_of() is not self._scheduler:
             self.detach()
             self.attach()

@@ -48,6 +48,22 @@ class LoopVariables:
             frame = frame.f_back
         return {}
 
+    def elsewhere(self, scheduler: Any) -> bool:
+        """Whether the call under way is made by another pipeline, with a scheduler of its own, sharing the model.
+
+        Args:
+            scheduler: that of this pipeline.
+        """
+        frame = sys._getframe(1)
+        while frame is not None:
+            code = frame.f_code
+            if code.co_name == "__call__" and code.co_varnames[:1] == ("self",):
+                held = frame.f_locals["self"]
+                if hasattr(type(held), "components") and hasattr(held, "scheduler"):
+                    return held is not self.pipe and held.scheduler is not scheduler
+            frame = frame.f_back
+        return False
+
     @staticmethod
     def scale(variables: dict[str, Any], pipe: Any) -> float | None:
         """The guidance scale by which two calls are combined; None where there is no such thing."""

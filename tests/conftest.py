@@ -11,4 +11,6 @@ from hypothesis import settings
 
 # The same examples in every run, however slow the machine is.
 settings.register_profile("dita", deadline=None, derandomize=True, database=None)
+# make nightly: other examples every night.
+settings.register_profile("nightly", deadline=None, max_examples=5000, print_blob=True)
 settings.load_profile("dita")

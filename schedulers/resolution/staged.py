@@ -163,6 +163,7 @@ class StagedLoop(Loop):
         if place + 1 < stage.steps or not self.leads_elsewhere(number):
             return solve(output, sample)
         self._fresh = True
+        solve(output, sample)  # for the scheduler's count; its own step would have to be of one size
         velocity = -output.float() if rising(step.scheduler) else output.float()
         return self.lead_over(Ending(number, sample, velocity, stage.levels[place])).to(sample.dtype)
 
