@@ -383,6 +383,7 @@ class CacheHandler(Handler):
             stream.policy.skipped(view)
             stream.skipped_in_row += 1
             stream.skipped_total += 1
+        self._begin_call()  # what the call left here would live on after the run
 
     def bytes_held(self) -> int:
         """Bytes kept over all streams."""

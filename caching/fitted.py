@@ -132,6 +132,7 @@ class Fitted(CalibratedMethod):
         table, full, speedup = self.fit
         if table is not None:
             table = table_for(self.name, table, anatomy)
+            table.check_parts()
         planner = self.planner(table, full, speedup)
         unsure = table is None and (speedup > 1 or bool(full))
         return Recipe(

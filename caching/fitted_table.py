@@ -13,7 +13,8 @@ import torch
 
 from dita.caching.fitting import Moments
 from dita.errors import DitaError
-from dita.table import Table, frozen
+from dita.files import read_tensors
+from dita.table import Table
 
 _FORMAT = "dita fitted 1"
 _TENSORS = ("gram", "response", "unrest", "timesteps")
@@ -37,13 +38,23 @@ class FittedTable(Table):
         Raises:
             DitaError: the numbers do not fit each other.
         """
-        arrays = {name: np.asarray(self.values.get(name, ()), dtype=np.float64) for name in _TENSORS}
-        size = len(arrays["timesteps"]) + 1
+        try:
+            arrays = {name: np.asarray(self.values.get(name, ()), dtype=np.float64) for name in _TENSORS}
+            size = len(arrays["timesteps"]) + 1
+        except (TypeError, ValueError) as error:
+            raise DitaError(f"this fit is damaged: {error}; calibrate again") from None
         shapes = {"gram": (size, size), "response": (size, size), "unrest": (size - 1,), "timesteps": (size - 1,)}
         wrong = [name for name in _TENSORS if arrays[name].shape != shapes[name] or not np.isfinite(arrays[name]).all()]
         if wrong or size < 3:
             raise DitaError(f"this fit is damaged: {', '.join(wrong) or 'too few steps'}; calibrate again")
         return Moments(arrays["gram"], arrays["response"], arrays["unrest"])
+
+    def check_parts(self) -> None:
+        """Raise `DitaError` unless the numbers are there and fit each other."""
+        seconds = self.values.get("seconds", ())
+        fine = isinstance(seconds, tuple) and len(seconds) == 3 and all(isinstance(s, (int, float)) for s in seconds)
+        if len(self.moments.gram) != self.steps + 1 or not fine:
+            raise DitaError("this fit is damaged: its parts do not fit each other; calibrate again")
 
     @cached_property
     def timesteps(self) -> np.ndarray:
@@ -117,24 +128,20 @@ def read_fit(path: str | Path) -> tuple[FittedTable, dict[str, Any]]:
     Example:
         >>> table, settings = read_fit("flux.safetensors")  # doctest: +SKIP
     """
-    from safetensors import SafetensorError, safe_open
-
+    arrays, texts = read_tensors(path, "the fit", "dita.calibrate(..., save=...)")
     try:
-        with safe_open(str(path), framework="pt") as file:
-            head = json.loads((file.metadata() or {}).get("dita", "{}"))
-            tensors = {name: file.get_tensor(name).tolist() for name in _TENSORS} if head else {}
-    except (OSError, SafetensorError, ValueError) as error:
+        head = json.loads(texts.get("dita", "{}"))
+    except (ValueError, RecursionError) as error:
         raise DitaError(f"cannot read the fit {path}: {error}; dita.calibrate(..., save=...) writes it") from None
     if not isinstance(head, dict) or head.get("format") != _FORMAT:
         raise DitaError(f"{path} is no fit of this version of dita; dita.calibrate(..., save=...) writes it")
     try:
-        values = frozen({**head["values"], **tensors})
-        table = FittedTable(values, head["model"], head["scheduler"], tuple(head["shape"]), int(head["steps"]))
+        tensors = {name: arrays[name].tolist() for name in _TENSORS}
+        table = FittedTable.from_dict({**head, "values": {**head["values"], **tensors}})
         settings = dict(head["settings"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DitaError(f"the fit {path} is damaged ({error!r}); calibrate again") from None
-    if len(table.moments.gram) != table.steps + 1 or len(table.values.get("seconds", ())) != 3:
-        raise DitaError(f"the fit {path} is damaged: its parts do not fit each other; calibrate again")
+        table.check_parts()
+    except (KeyError, TypeError, ValueError, DitaError) as error:
+        raise DitaError(f"the fit {path} is damaged ({error}); calibrate again") from None
     return table, settings
 
 

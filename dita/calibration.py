@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dita.config import Method
 from dita.errors import DitaError, DitaWarning
+from dita.files import read_text
 from dita.registry import resolve
 
 if TYPE_CHECKING:
@@ -158,8 +159,4 @@ def load_method(path: str | Path) -> Method:
         from dita.caching.fitted import Fitted
 
         return Fitted.read(path)
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise DitaError(f"cannot read {path}: {error.strerror}; dita.calibrate(..., save=...) writes it") from None
-    return Method.from_json(text)
+    return Method.from_json(read_text(path, "dita.calibrate(..., save=...)"))

@@ -148,19 +148,27 @@ class Method:
         """Rebuild any registered method from `to_json`'s text.
 
         Raises:
-            DitaError: not JSON, an unknown method or setting, or written by another schema version.
+            DitaError: not JSON, an unknown method or setting, a value of no such kind, or written by another schema
+                version.
         """
         from dita import registry
 
         try:
             data = json.loads(text)
             name, schema, values = data["method"], data["schema"], data["settings"]
-        except (ValueError, KeyError, TypeError) as error:
+            if not isinstance(name, str) or not isinstance(values, dict):
+                raise TypeError(f"a {type(name).__name__} as method and a {type(values).__name__} as settings")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DitaError(f"expected JSON with method, schema and settings, got {text[:80]!r} ({error!r})") from None
         cls = registry.get(name)
         if schema != cls.schema:
             raise DitaError(f"{name} settings have schema {schema}; this dita reads {cls.schema}: write them again")
-        return cls(**cls.decode(_known(cls, values)))
+        try:
+            method = cls(**cls.decode(_known(cls, values)))
+            hash(method)
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            raise DitaError(f"these are no settings of {name}: {str(values)[:80]} ({error!r})") from None
+        return method
 
     @classmethod
     def decode(cls, values: dict[str, Any]) -> dict[str, Any]:

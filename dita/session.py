@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from dita.runtime import ModelRuntime
 from dita.seams import Position
 
 P = TypeVar("P")
+T = TypeVar("T")
 _KEY = "_dita_session"
 _OWNER = "_dita_owner"
 _OTHER_NAMES = ("prior", "decoder")
@@ -35,7 +36,7 @@ class Session:
         self.pipe, self.methods = pipe, methods
         self.labels = tuple(f"{m.name}({m.label()})" for m in methods)
         found = tuple(anatomies.values())
-        self.loops = tuple(loop for m in methods if (loop := m.loop(found, pipe)) is not None)
+        self.loops = tuple(loop for m in methods if (loop := _made(m, m.loop, found, pipe)) is not None)
         self.clock = RunClock(
             lambda: pipe.scheduler, self._run_started, self._run_finished, self._stepped, self.loops, pipe
         )
@@ -43,7 +44,14 @@ class Session:
         shares = [m.among(len(anatomies)) for m in methods]
         self.runtimes = [
             ModelRuntime(
-                number, name, anatomy, [m.handler(anatomy) for m in shares], self.clock, self._current, self.loops, pipe
+                number,
+                name,
+                anatomy,
+                [_made(m, m.handler, anatomy) for m in shares],
+                self.clock,
+                self._current,
+                self.loops,
+                pipe,
             )
             for number, (name, anatomy) in enumerate(anatomies.items())
         ]
@@ -104,6 +112,18 @@ class Session:
             for r in self.runtimes
         )
         return Report(self.labels, models, [run for run in self.runs if run.records])
+
+
+def _made(method: Method, make: Callable[..., T], *parts: Any) -> T:
+    """A method's own part in a session; numbers that it cannot even read are refused."""
+    try:
+        return make(*parts)
+    except DitaError:
+        raise
+    except Exception as error:
+        if getattr(method, "table", None) is None:
+            raise
+        raise DitaError(f"the numbers of {method.name} are damaged ({error!r}): calibrate again") from error
 
 
 def transformers_of(pipe: Any) -> dict[str, nn.Module]:

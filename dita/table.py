@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,8 +73,12 @@ class Table:
         """
         try:
             values = {str(name): frozen(value) for name, value in data["values"].items()}
-            return cls(values, data["model"], data["scheduler"], tuple(data["shape"]), int(data["steps"]))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            model, scheduler, shape, steps = (data[name] for name in ("model", "scheduler", "shape", "steps"))
+            whole = all(isinstance(number, int) and 0 <= number < 2**20 for number in (*shape, steps))
+            if not isinstance(model, str) or not isinstance(scheduler, str) or not whole:
+                raise ValueError(f"measured on {model!r}, {scheduler!r}, {shape!r}, {steps!r}")
+            return cls(values, model, scheduler, tuple(shape), steps)
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise DitaError(f"not a table of {cls.noun} ({error!r}); dita.calibrate writes one") from None
 
     def differences(self, view: Conditions) -> list[str]:
@@ -139,7 +144,7 @@ def frozen(value: Any) -> Any:
     """Mappings and sequences as dictionaries and tuples.
 
     Raises:
-        ValueError: something in them is neither a number nor a string.
+        ValueError: something in them is neither a finite number nor a string.
     """
     if isinstance(value, Mapping):
         return {str(name): frozen(entry) for name, entry in value.items()}
@@ -147,4 +152,6 @@ def frozen(value: Any) -> Any:
         return tuple(frozen(entry) for entry in value)
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(f"{value!r} is no number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value!r} is no finite number")
     return value

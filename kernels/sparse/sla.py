@@ -28,6 +28,7 @@ import torch
 from dita.anatomy import Anatomy
 from dita.config import check_number, check_whole
 from dita.errors import DitaError
+from dita.files import read_tensors
 from dita.kernels.plan import BlockPlan
 from dita.kernels.sparse.base import SparseMethod
 from dita.kernels.sparse.layout import Cut
@@ -122,14 +123,10 @@ def load_projections(path: str | Path, layers: int | None = None) -> dict[int, P
     Example:
         >>> load_projections("sla.safetensors", 30)  # doctest: +SKIP
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path)
-        weight, bias = tensors["weight"].float(), tensors["bias"].float()
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
-        raise DitaError(f"cannot read SLA's projections from {path} ({error!r}); train_sla writes them") from None
+    tensors, _ = read_tensors(path, "SLA's projections", "train_sla")
+    if not {"weight", "bias"} <= tensors.keys():
+        raise DitaError(f"cannot read SLA's projections {path}: it holds {', '.join(tensors)}; train_sla writes it")
+    weight, bias = tensors["weight"].float(), tensors["bias"].float()
     count = len(weight) if layers is None else layers
     if bias.ndim != 2 or weight.shape != (count, bias.shape[1], bias.shape[1]) or len(bias) != count:
         raise DitaError(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dita.errors import DitaError
+from dita.files import read_tensors
 from dita.kernels.sparse.policy import Asked
 from dita.table import Table
 
@@ -94,9 +95,7 @@ def by_router(path: str | Path, model: torch.nn.Module, layers: int, tau: float)
         )
     try:
         if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            tensors = load_file(path)
+            tensors, _ = read_tensors(path, "VORTA's router", "its training")
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
         names = [f"blocks.{layer}.router.linear" for layer in range(layers)]

@@ -17,6 +17,7 @@ from torch import nn
 
 from dita.anatomy import Anatomy, ModulePart
 from dita.errors import DitaError
+from dita.files import read_tensors
 from dita.fingerprint import fingerprint
 from dita.schedulers.guidance.agd_adapters import Adapter, Conditions
 
@@ -176,16 +177,13 @@ def load_adapters(path: str | Path, anatomy: Anatomy) -> AdapterSet:
     Example:
         >>> load_adapters("agd.safetensors", describe(pipe.transformer))  # doctest: +SKIP
     """
-    from safetensors import SafetensorError, safe_open
-
+    tensors, texts = read_tensors(path, "AGD's adapters", "train_agd")
     try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})["agd"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = json.loads(texts["agd"])
         model, sites = about["model"], about["sites"]
         kind, width, sources, scales = (about[name] for name in ("kind", "width", "sources", "scales"))
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
-        raise DitaError(f"cannot read AGD's adapters from {path} ({error!r}); train_agd writes them") from None
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise DitaError(f"cannot read AGD's adapters {path} ({error!r}); train_agd writes it") from None
     own = fingerprint(anatomy.model)
     if model != own:
         raise DitaError(f"the adapters in {path} were trained on {model}, not on {own}: train others")
