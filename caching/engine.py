@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -9,11 +11,12 @@ import torch
 
 from dita.anatomy import Anatomy
 from dita.attention_view import Attended
+from dita.caching.finite import Finite
 from dita.caching.forecast import Forecast
 from dita.caching.history import History
 from dita.caching.policy import Guards, Policy, Verdict, View, relative_l1
 from dita.caching.storage import Storage, bytes_of
-from dita.errors import DitaError
+from dita.errors import DitaError, DitaWarning
 from dita.seams import Call, Features, Fresh, Handler, Position, Site
 
 
@@ -68,6 +71,7 @@ class Stream:
     shapes: tuple[tuple[int, ...], ...]
     histories: dict[tuple[Site, int], History] = field(default_factory=dict)
     watched: dict[Site, torch.Tensor] = field(default_factory=dict)
+    finite: Finite = field(default_factory=Finite)
     newest: int | None = None
     skipped_in_row: int = 0
     skipped_total: int = 0
@@ -127,6 +131,7 @@ class CacheHandler(Handler):
 
     def __init__(self, recipe: Recipe, anatomy: Anatomy, method: str, storage: Storage | None = None) -> None:
         self.recipe, self.anatomy, self.storage = recipe, anatomy, storage or Storage()
+        self.method, self._told = method, False
         self.reused, self.watched, self.probe = plan_sites(recipe, anatomy, method)
         probe = () if self.probe is None else (self.probe,)
         verified = () if recipe.verify is None else (recipe.verify,)
@@ -146,7 +151,7 @@ class CacheHandler(Handler):
     def begin_run(self) -> None:
         """Forget everything."""
         self._streams.clear()
-        self._leader = None
+        self._leader, self._told = None, False
         self._begin_call()
 
     def _begin_call(self) -> None:
@@ -168,9 +173,14 @@ class CacheHandler(Handler):
             stream = self._streams.get(key)
             if stream is None or stream.shapes != call.shapes:
                 # Features of another shape are of no use: what a change of resolution leaves behind is a first step.
-                stream = self._streams[key] = Stream(self.recipe.when(), self.recipe.how, self.storage, call.shapes)
+                stream = self._anew(call)
             self._current = stream
         return self._current
+
+    def _anew(self, call: Call) -> Stream:
+        stream = Stream(self.recipe.when(), self.recipe.how, self.storage, call.shapes)
+        self._streams[call.position.stream] = self._current = stream
+        return stream
 
     def compute(self, site: Site, call: Call, inputs: Features) -> bool:
         """Probe and watched sites always run; all reused sites of a call share one verdict."""
@@ -204,12 +214,31 @@ class CacheHandler(Handler):
             verdict = Verdict(True, call.reason or "guidance compares the branches")
         elif self.recipe.follow_first and self._leader is not None and self._leader[0] == moment:
             leader = self._leader[1]
-            return replace(leader, reason=f"as the first branch: {leader.reason}")
+            return self._sound(replace(leader, reason=f"as the first branch: {leader.reason}"), call)
         else:
             verdict = self.recipe.guards.verdict(view, stream.skipped_total) or stream.policy.decide(view)
+            verdict = self._sound(verdict, call)
         if self._leader is None or self._leader[0] != moment:
             self._leader = (moment, verdict)
         return verdict
+
+    def _sound(self, verdict: Verdict, call: Call) -> Verdict:
+        """Compute where the policy's number or what was kept is not finite; the stream then begins anew."""
+        stream, value = self._stream(call), verdict.value
+        odd = "its indicator" if value is not None and not math.isfinite(value) else ""
+        if verdict.compute:
+            if value is None or not math.isnan(value):  # infinite is what a change from nothing is
+                return verdict
+        elif not odd and stream.finite.holds:
+            return verdict
+        else:
+            self._anew(call).skipped_total = stream.skipped_total
+        reason = f"{odd or 'what was kept'} is not finite"
+        if not self._told:
+            self._told = True
+            text = f"{self.method}: {reason} at step {call.position.step}, which is computed; so are others like it"
+            warnings.warn(text, DitaWarning, stacklevel=2)
+        return Verdict(True, reason, value)
 
     def wants_inputs(self, site: Site) -> bool:
         """Residuals need the inputs of their span, and so do policies that watch one."""
@@ -246,6 +275,7 @@ class CacheHandler(Handler):
             view.residual = residual[0] if self._measures_residual else None
             outputs = residual if self._residual else outputs
         if call.position.local_step >= self.recipe.oldest_anchor:
+            stream.finite.saw(outputs, self.storage)
             stream.history(site, occurrence).push(call.position.step, outputs)
 
     def _start(self, site: Site, inputs: Features) -> Features:
@@ -336,6 +366,7 @@ class CacheHandler(Handler):
     ) -> Features:
         """Take the rows up into what is kept, and forecast from that."""
         history = self._stream(call).history(site, occurrence)
+        self._stream(call).finite.saw(outputs, self.storage)
         history.refresh(fresh, outputs)
         if call.action == "computed":
             call.action = "partial"
@@ -372,6 +403,7 @@ class CacheHandler(Handler):
         if self._verdict is None:
             return
         stream, view = self._stream(call), self._make_view(call)
+        stream.finite.end_call()
         if call.action != "computed" and not all(map(self._stands_in, self._whole)):
             call.action = "partial"
         if self._changes:
