@@ -440,15 +440,18 @@ def matching(latents: torch.Tensor | None, output: torch.Tensor | None) -> torch
         raise DitaError("the transformer was called without a tensor to denoise: there is no latent to compare with")
     if latents.shape == output.shape:
         return latents
-    same = latents.ndim == output.ndim and latents.shape[2:] == output.shape[2:] and latents.shape[0] == output.shape[0]
-    if not same or latents.ndim < 4:
+    differ = [n for n, sizes in enumerate(zip(latents.shape, output.shape, strict=False)) if sizes[0] != sizes[1]]
+    # Packed tokens and Kandinsky have channels last, CogVideoX after the frames, others after the batch.
+    places = {latents.ndim - 1} if latents.ndim == 3 else {1, 2, latents.ndim - 1}
+    if latents.ndim != output.ndim or len(differ) != 1 or differ[0] not in places:
         raise DitaError(
             f"the transformer maps {tuple(latents.shape)} to {tuple(output.shape)}; only the channels may differ for "
             "the change of its latents to be reused"
         )
-    shared = min(latents.shape[1], output.shape[1])
+    axis = differ[0]
+    shared = min(latents.shape[axis], output.shape[axis])
     result = torch.zeros_like(output)
-    result[:, :shared] = latents[:, :shared]
+    result.narrow(axis, 0, shared).copy_(latents.narrow(axis, 0, shared))
     return result
 
 

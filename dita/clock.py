@@ -17,6 +17,7 @@ import torch
 
 from dita.fingerprint import fingerprint
 from dita.loop import Loop, LoopVariables, Step, StepCall, previous_sample, with_sample
+from dita.models import ENDED_TIMESTEPS
 from dita.patch import Patch
 from dita.response import Schedule, linear_response
 from dita.seams import Position
@@ -90,7 +91,13 @@ class RunClock:
     @property
     def evaluations(self) -> int:
         """Entries of the executed timestep list."""
-        return len(self._scheduler.timesteps) - self.begin
+        return self._length - self.begin
+
+    @property
+    def _length(self) -> int:
+        """Entries of the timestep list at which a step starts."""
+        ended = any(cls.__name__ in ENDED_TIMESTEPS for cls in type(self._scheduler).__mro__)
+        return len(self._scheduler.timesteps) - ended
 
     @property
     def entry(self) -> tuple[int, int]:
@@ -149,7 +156,7 @@ class RunClock:
 
     def _place(self, model: int, branch: str) -> Position:
         # Settled once the first step told where the run began.
-        layout = self._layout or (self.order, self.begin, len(self._scheduler.timesteps))
+        layout = self._layout or (self.order, self.begin, self._length)
         if self._begin is not None:
             self._layout = layout
         order, begin, length = layout
@@ -207,6 +214,7 @@ class RunClock:
         return result
 
     def _step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._step_back()
         result = self._solve(original, args, kwargs) if self.running and self._loops else original(*args, **kwargs)
         if not self.running:
             return result
@@ -219,6 +227,12 @@ class RunClock:
             self.running = False
             self._on_finish()
         return result
+
+    def _step_back(self) -> None:
+        """Cosmos asks the scheduler for its x0 first, sets its index back, and steps for good: one step, not two."""
+        index = getattr(self._scheduler, "step_index", None)
+        if self.running and self._begin is not None and isinstance(index, int):
+            self.done = min(self.done, max(index - self._begin, 0))
 
     def _solve(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Let the methods on the loop take part in a step."""

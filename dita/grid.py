@@ -41,7 +41,7 @@ def channel_axis(model: Any, latents: torch.Tensor) -> int:
     Args:
         model: the transformer.
         latents: packed tokens [B, N, C], images [B, C, H, W], or films [B, C, F, H, W]; CogVideoX alone puts frames
-            before channels.
+            before channels, Kandinsky alone puts channels last.
 
     Example:
         >>> from types import SimpleNamespace
@@ -52,6 +52,8 @@ def channel_axis(model: Any, latents: torch.Tensor) -> int:
     if latents.ndim < 5:
         return latents.ndim - 1 if latents.ndim == 3 else 1
     config = getattr(model, "config", None)
+    if getattr(config, "in_visual_dim", None):
+        return 4
     counts = [getattr(config, name, None) for name in ("in_channels", "out_channels")]
     return 2 if latents.shape[1] not in counts and latents.shape[2] in counts else 1
 
@@ -62,6 +64,8 @@ def _of_patches(config: Any, latents: torch.Tensor) -> Grid:
     along = (
         patch[0] if isinstance(patch, (tuple, list)) and len(patch) == 3 else getattr(config, "patch_size_t", 1) or 1
     )
+    if getattr(config, "in_visual_dim", None) and latents.ndim == 5:  # Kandinsky alone puts channels last
+        latents = latents.movedim(-1, 1)
     *_, height, width = latents.shape
     if height % across or width % across:
         return ()

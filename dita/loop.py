@@ -7,6 +7,7 @@ many never store. They are read off the running call's own variables, so that no
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -70,7 +71,12 @@ class LoopVariables:
         if "true_cfg_scale" in variables:
             return float(variables["true_cfg_scale"]) if LoopVariables.guided(variables, pipe) else None
         scale = variables.get("guidance_scale", getattr(pipe, "_guidance_scale", None))
-        return float(scale) if isinstance(scale, (int, float)) and LoopVariables.guided(variables, pipe) else None
+        if not isinstance(scale, (int, float)) or not LoopVariables.guided(variables, pipe):
+            return None
+        if variables.get("use_dynamic_cfg") is True:  # CogVideoX sets the step's scale after it called the transformer
+            along = 1 - float(variables["t"]) / variables["num_inference_steps"]
+            return 1 + scale * (1 - math.cos(math.pi * along**5)) / 2
+        return float(scale)
 
     @staticmethod
     def guided(variables: dict[str, Any], pipe: Any) -> bool | None:
@@ -254,6 +260,9 @@ class Request:
         channels = getattr(config, "out_channels", None)
         if isinstance(channels, int) and latents.ndim >= 4:
             shape[channel_axis(self.anatomy.model, latents)] = channels
+        elif isinstance(channels, int) and latents.ndim == 3 and shape[-1] == getattr(config, "in_channels", None):
+            patch = getattr(config, "patch_size", 1)
+            shape[-1] = channels * (patch if isinstance(patch, int) else 1) ** 2
         return latents.new_zeros(shape)
 
 

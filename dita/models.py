@@ -135,6 +135,20 @@ BLOCKS: dict[str, BlockEntry] = {
     "ZImageTransformerBlock": BlockEntry(returns=("hidden",), hidden="x", text="last"),
 }
 
+REFUSED_PIPELINES: dict[str, str] = dict.fromkeys(
+    (
+        "SkyReelsV2DiffusionForcingPipeline",
+        "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+        "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+    ),
+    "it steps every frame with a copy of the scheduler of its own, so that frames may stand at different timesteps and "
+    "no step belongs to a call of the transformer",
+)
+"""Pipelines that cannot be followed, and why."""
+
+ENDED_TIMESTEPS: frozenset[str] = frozenset({"SCMScheduler"})
+"""Schedulers whose list of timesteps ends with the one at which the last step arrives; no step starts there."""
+
 PARALLEL_PROJECTION = "proj_out"
 """In single-stream blocks with attention and MLP side by side, the projection whose output joins both."""
 

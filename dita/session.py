@@ -16,6 +16,7 @@ from dita.defaults import default_methods
 from dita.errors import DitaError
 from dita.fingerprint import fingerprint
 from dita.loop import Run
+from dita.models import REFUSED_PIPELINES
 from dita.registry import resolve
 from dita.reporting import KEPT_RUNS, Report, RunReport
 from dita.runtime import ModelRuntime
@@ -130,7 +131,8 @@ def transformers_of(pipe: Any) -> dict[str, nn.Module]:
     """The denoising transformers among a pipeline's components, by attribute name.
 
     Raises:
-        DitaError: not a diffusers pipeline with a scheduler, or its denoiser is not a transformer.
+        DitaError: not a diffusers pipeline with a scheduler, one whose loop cannot be followed, or its denoiser is no
+            transformer.
     """
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict) or not hasattr(pipe, "scheduler"):
@@ -138,7 +140,11 @@ def transformers_of(pipe: Any) -> dict[str, nn.Module]:
             f"expected a diffusers pipeline with components and a scheduler, got {type(pipe).__name__}; "
             "load one with DiffusionPipeline.from_pretrained"
         )
-    found = {n: c for n, c in components.items() if n.startswith("transformer") and isinstance(c, nn.Module)}
+    refused = [REFUSED_PIPELINES[cls.__name__] for cls in type(pipe).__mro__ if cls.__name__ in REFUSED_PIPELINES]
+    if refused:
+        raise DitaError(f"{type(pipe).__name__} cannot be accelerated: {refused[0]}")
+    named = {n: c for n, c in components.items() if "transformer" in n.split("_") and isinstance(c, nn.Module)}
+    found = dict(sorted(named.items(), key=lambda item: not item[0].startswith("transformer")))
     if not found:  # priors of embeddings and decoders of spectrograms denoise too
         others = {n: c for n, c in components.items() if n in _OTHER_NAMES and isinstance(c, nn.Module)}
         found = {n: c for n, c in others.items() if type(c).__module__.startswith(_TRANSFORMERS)}

@@ -10,7 +10,14 @@ import pytest
 from dita import registry
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/fitted.md", "kernels/README.md", "schedulers/README.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/fitted.md",
+    "docs/edge_cases.md",
+    "kernels/README.md",
+    "schedulers/README.md",
+)
 
 
 def read(name: str) -> str:
