@@ -43,7 +43,8 @@ suite: $(VENV)/.installed-dev dataset browser
 # What random sequences of events and all combinations of methods do not bring to light in a minute.
 nightly: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(OFFLINE) \
-	  $(BIN)/python -m pytest -n $(THREADS) --timeout 0 --hypothesis-profile nightly tests/test_fuzz.py $(PYTEST_ARGS)
+	  $(BIN)/python -m pytest -n $(THREADS) --timeout 0 --hypothesis-profile nightly $(PYTEST_ARGS) \
+	  tests/test_fuzz.py tests/test_pairs.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -119,6 +119,7 @@ class BudgetHandler(Handler):
     def __init__(self, forms: Sequence[Form], method: str, limit: int) -> None:
         self.forms, self.method, self.limit = tuple(forms), method, limit
         self.sites: tuple[Site, ...] = tuple(dict.fromkeys(s for form in self.forms for s in form.handler.sites))
+        self.ranks = frozenset[Site]().union(*(form.handler.ranks for form in self.forms))
         self._wanting = frozenset(s for form in self.forms for s in self.sites if form.handler.wants_inputs(s))
         self.begin_run()
 

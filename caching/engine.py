@@ -138,7 +138,7 @@ class CacheHandler(Handler):
         kinds = (*probe, *self.reused, *self.watched, *verified, *recipe.attend)
         self.sites: tuple[Site, ...] = tuple(dict.fromkeys(kinds))
         self._reused, self._watched = frozenset(self.reused), frozenset(self.watched)
-        self._attend = frozenset(recipe.attend)
+        self.ranks = frozenset(recipe.attend)
         self._residual = recipe.keep == "residual" and recipe.what in ("trunk", "span", "model")
         self.indicator = recipe.when()
         self._measures_residual = self.indicator.wants_residual and recipe.what in ("trunk", "span")
@@ -374,7 +374,7 @@ class CacheHandler(Handler):
 
     def wants_attention(self, site: Site, call: Call) -> bool:
         """The recipe names the modules, the policy the steps."""
-        if site not in self._attend or (self._verdict is not None and not self._verdict.compute):
+        if site not in self.ranks or (self._verdict is not None and not self._verdict.compute):
             return False
         return self._stream(call).policy.wants_attention(site, self._make_view(call))
 

@@ -58,17 +58,26 @@ class Hooked:
         self.by_tokens = part is not None and site.role in ("mlp", "linear")
 
 
-def check_inputs(anatomy: Anatomy, sites: set[Site]) -> None:
-    """Refuse to reuse layers inside of attention modules whose tokens are reduced: each time by other tokens."""
+def check_inputs(anatomy: Anatomy, handlers: Sequence[Handler]) -> None:
+    """Refuse to reuse or rank what attention modules do whose tokens are reduced: each time by other tokens."""
+    reusing = {site: h.owner for h in handlers for site in h.sites if site.role == "linear"}
+    ranking = {site.name: h.owner for h in handlers for site in h.ranks}
+    reducing = {site: h.owner for h in handlers for site in h.sites if site.kind == "input"}
     for part in (*anatomy.modules, *anatomy.inner):
-        inside = part.site.name + "."
-        if part.site.role == "attention" and input_site(part.site) in sites:
-            clash = next((s.name for s in sites if s.role == "linear" and s.name.startswith(inside)), None)
-            if clash is not None:
-                raise DitaError(
-                    f"one method reuses {clash}, another changes from step to step which tokens "
-                    f"{part.site.name} reads: they exclude each other; choose one"
-                )
+        name, reducer = part.site.name, reducing.get(input_site(part.site))
+        if reducer is None:
+            continue
+        inside = next((site for site in reusing if site.name.startswith(f"{name}.")), None)
+        if part.site.role == "attention" and inside is not None:
+            raise DitaError(
+                f"{reusing[inside]} reuses {inside.name}, {reducer} changes from step to step which tokens {name} "
+                "reads: they exclude each other; choose one"
+            )
+        if name in ranking:
+            raise DitaError(
+                f"{ranking[name]} ranks the tokens of {name} by its attention, of which {reducer} reduces the tokens: "
+                "they exclude each other; choose one (asymrnr goes with both)"
+            )
 
 
 def run_to_attention(block: Block, forward: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

@@ -95,7 +95,7 @@ class ModelRuntime:
         if hasattr(model, "cache_context"):
             self._patch(model, "cache_context", self._cache_context)
         sites = {site for handler in self.handlers for site in handler.sites}
-        check_inputs(self.anatomy, sites)
+        check_inputs(self.anatomy, self.handlers)
         # The innermost hooks come first: a module that is skipped, or whose block is, reads nothing.
         for block, site in zip(self.anatomy.blocks, self.anatomy.block_inputs, strict=True):
             if site in sites:
@@ -346,8 +346,8 @@ class ModelRuntime:
         handler, *others = (h for h in self.handlers if part.site in h.sites)
         if others:
             raise DitaError(
-                f"two methods act on the output of {part.site.name} of {self.anatomy.name}, of which only one would be "
-                "heard: they exclude each other; choose one"
+                f"two methods act on the output of {part.site.name} of {self.anatomy.name}, {handler.owner} and "
+                f"{others[0].owner}, of which only one would be heard: they exclude each other; choose one"
             )
         hooked = Hooked(part.site, handler, part)
 
@@ -415,11 +415,6 @@ class ModelRuntime:
             inputs = (first_tensor(args, kwargs),)
         if handler.compute(site, call, inputs):
             if hooked.part is not None and handler.wants_attention(site, call):
-                if any(input_site(site) in h.sites for h in self.handlers):
-                    raise DitaError(
-                        f"one method ranks the tokens of {site.name} by its attention, of which another reduces the "
-                        "tokens: they exclude each other; choose one (asymrnr goes with both)"
-                    )
                 with AttentionView(lambda seen: handler.attended(site, call, seen)):
                     result = original(*args, **kwargs)
             else:

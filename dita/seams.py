@@ -165,9 +165,16 @@ class Handler:
     """A method at work on one model: this one lets everything run and keeps nothing, others override what they need.
 
     The runtime calls it; it never touches modules itself.
+
+    Attributes:
+        sites: where it watches or acts.
+        ranks: modules whose attention it looks at, token by token, at some steps.
+        owner: name of the method, for messages; set on attaching.
     """
 
     sites: tuple[Site, ...] = ()
+    ranks: frozenset[Site] = frozenset()
+    owner: str = ""
 
     def begin_run(self) -> None:
         """Forget everything: a run starts."""

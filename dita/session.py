@@ -20,7 +20,7 @@ from dita.models import REFUSED_PIPELINES
 from dita.registry import resolve
 from dita.reporting import KEPT_RUNS, Report, RunReport
 from dita.runtime import ModelRuntime
-from dita.seams import Position
+from dita.seams import Handler, Position
 
 P = TypeVar("P")
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Session:
                 number,
                 name,
                 anatomy,
-                [_made(m, m.handler, anatomy) for m in shares],
+                [_handler(m, anatomy) for m in shares],
                 self.clock,
                 self._current,
                 self.loops,
@@ -113,6 +113,12 @@ class Session:
             for r in self.runtimes
         )
         return Report(self.labels, models, [run for run in self.runs if run.records])
+
+
+def _handler(method: Method, anatomy: Anatomy) -> Handler:
+    handler = _made(method, method.handler, anatomy)
+    handler.owner = method.name
+    return handler
 
 
 def _made(method: Method, make: Callable[..., T], *parts: Any) -> T:

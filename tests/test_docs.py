@@ -15,6 +15,7 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     "docs/fitted.md",
     "docs/edge_cases.md",
+    "docs/robustness.md",
     "kernels/README.md",
     "schedulers/README.md",
 )
