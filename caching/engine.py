@@ -190,7 +190,7 @@ class CacheHandler(Handler):
             self._verdict = self._decide(call)
             call.value, call.reason = self._verdict.value, self._verdict.reason
         verdict = self._verdict
-        if verdict.compute or (verdict.computes is not None and verdict.computes(site)):
+        if verdict.compute or (verdict.computes is not None and call.agree(verdict.computes(site))[0]):
             return True
         # A site without a past cannot be skipped, whatever the policy says.
         return (site, 0) not in self._stream(call).histories
@@ -217,7 +217,7 @@ class CacheHandler(Handler):
             return self._sound(replace(leader, reason=f"as the first branch: {leader.reason}"), call)
         else:
             verdict = self.recipe.guards.verdict(view, stream.skipped_total) or stream.policy.decide(view)
-            verdict = self._sound(verdict, call)
+            verdict = self._agreed(self._sound(verdict, call), call)
         if self._leader is None or self._leader[0] != moment:
             self._leader = (moment, verdict)
         return verdict
@@ -239,6 +239,13 @@ class CacheHandler(Handler):
             text = f"{self.method}: {reason} at step {call.position.step}, which is computed; so are others like it"
             warnings.warn(text, DitaWarning, stacklevel=2)
         return Verdict(True, reason, value)
+
+    def _agreed(self, verdict: Verdict, call: Call) -> Verdict:
+        """Compute what another rank that works on the same sample computes."""
+        compute, verify = call.agree(verdict.compute, verdict.verify)
+        if compute and not verdict.compute:
+            return Verdict(True, "another rank computes", verdict.value)
+        return verdict if verify == verdict.verify else replace(verdict, verify=verify)
 
     def wants_inputs(self, site: Site) -> bool:
         """Residuals need the inputs of their span, and so do policies that watch one."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dita.config import Method
     from dita.overview import methods
     from dita.reporting import Report, RunReport, StepRecord
-    from dita.session import accelerate_pipeline, accelerated, cite, report, restore_pipeline
+    from dita.session import accelerate_pipeline, accelerated, cite, report, restore_pipeline, share_decisions
     from dita.support import SupportReport, supports
 
 __version__ = "0.1.0"
@@ -42,6 +42,7 @@ _HOMES = {
     "methods": "dita.overview",
     "report": "dita.session",
     "restore_pipeline": "dita.session",
+    "share_decisions": "dita.session",
     "supports": "dita.support",
 }
 
@@ -62,6 +63,7 @@ __all__ = [
     "methods",
     "report",
     "restore_pipeline",
+    "share_decisions",
     "supports",
 ]
 

@@ -13,6 +13,7 @@ from dita.discovery import block_entry, is_refused, model_entry
 from dita.errors import DitaError
 from dita.models import BlockEntry, ModelEntry
 from dita.parts import ModulePart, first_attention, inner_of, linears_of, modules_of
+from dita.patch import unwrapped
 from dita.seams import Features, Site
 
 
@@ -198,13 +199,14 @@ def input_site(site: Site) -> Site:
 def describe(model: nn.Module) -> Anatomy:
     """Look at a transformer and say what can be hooked.
 
-    Never raises for an unknown model: what is missing stands in `reasons`.
+    What `torch.compile` wrapped is looked into. Never raises for an unknown model: what is missing stands in `reasons`.
 
     Example:
         >>> from torch import nn
         >>> describe(nn.Linear(2, 2)).reasons["block"]
         'its forward loops over no list of blocks (module lists it holds: none)'
     """
+    model = unwrapped(model)
     entry, why = model_entry(model)
     if entry is None:
         refused = {"model": why, "attention": why} if is_refused(type(model)) else {}

@@ -36,6 +36,7 @@ class RunClock:
             (the first, if several), its position and the latents; returns the latents to go on from.
         loops: methods that take part in `set_timesteps` and `step`, the first one outermost.
         pipe: the pipeline, for them.
+        before: called before a run starts; says whether another clock has taken this one's place.
     """
 
     def __init__(
@@ -46,8 +47,9 @@ class RunClock:
         on_step: Callable[[int, Position, torch.Tensor], torch.Tensor] | None = None,
         loops: Sequence[Loop] = (),
         pipe: Any = None,
+        before: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._scheduler_of = scheduler_of
+        self._scheduler_of, self._before = scheduler_of, before
         self._on_step = on_step
         self._loops, self._pipe, self._variables = tuple(loops), pipe, LoopVariables(pipe)
         self._on_start, self._on_finish = on_start, on_finish
@@ -194,6 +196,9 @@ class RunClock:
         self._on_start()
 
     def _set_timesteps(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        scheduler = self._scheduler
+        if self._before():
+            return scheduler.set_timesteps(*args, **kwargs)
         for loop in reversed(self._loops):
             original = functools.partial(self._through, loop, original)
         result = original(*args, **kwargs)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from dita.errors import DitaError
 from dita.models import FLEX_ATTENTION, OTHER_ATTENTION, PARALLEL_PARTS, PARALLEL_PROJECTION
 from dita.seams import Site
 
 if TYPE_CHECKING:
     from dita.anatomy import Block
 
+_DISPATCH = "diffusers.models.attention_dispatch"
 _TEXT_NAME = re.compile(r"^(txt_.*|.*_context|ff_t|audio_(attn|ff|mlp|dec).*)$")
 _ROW_WISE = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
 _ATTENTION_NAME = re.compile(r"^((.*_)?(attn|attention)\d*|mhba)$")
@@ -36,9 +39,28 @@ class ModulePart:
     other: str = ""
 
     @property
+    def backend(self) -> str:
+        """The backend of diffusers that its processor calls now; "" if it calls attention some other way."""
+        processor, dispatch = getattr(self.module, "processor", None), sys.modules.get(_DISPATCH)
+        if dispatch is None or not hasattr(processor, "_attention_backend"):
+            return ""
+        chosen = processor._attention_backend or dispatch._AttentionBackendRegistry.get_active_backend()[0]
+        return str(getattr(chosen, "value", chosen))
+
+    @property
     def flex(self) -> bool:
         """It calls flex_attention."""
-        return type(getattr(self.module, "processor", None)).__name__ in FLEX_ATTENTION
+        known = type(getattr(self.module, "processor", None)).__name__ in FLEX_ATTENTION
+        return known or self.backend == "flex"
+
+    def check_backend(self) -> None:
+        """Raise `DitaError` if its backend calls neither scaled dot-product attention nor flex_attention."""
+        name = self.backend
+        if name and name != "flex" and not name.startswith(("native", "_native")):
+            raise DitaError(
+                f"{self.site.name} attends by the backend {name!r}, whose kernel nobody can stand in for; choose "
+                '"native" or "flex" (set_attention_backend) for methods on attention'
+            )
 
     @property
     def row_wise(self) -> bool:

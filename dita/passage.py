@@ -11,6 +11,7 @@ import torch
 
 from dita.anatomy import Anatomy, Block, ModulePart, input_site
 from dita.errors import DitaError
+from dita.kernels.tokens import gather_tokens
 from dita.parts import first_attention
 from dita.reporting import StepRecord
 from dita.seams import Call, Features, Handler, Position, Site
@@ -107,6 +108,38 @@ def run_to_attention(block: Block, forward: Original, args: tuple[Any, ...], kwa
     if not seen:
         raise DitaError(f"{block.path} ran without calling its attention: there is nothing to watch")
     return seen[0]
+
+
+def on_some_tokens(
+    hooked: Hooked,
+    call: Call,
+    occurrence: int,
+    inputs: Features,
+    original: Original,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Features | None:
+    """Run a row-wise module on the tokens that the handler wants fresh; None if it wants none.
+
+    Raises:
+        DitaError: the module is not known to be row-wise.
+    """
+    tokens, site, handler = first_tensor(args, kwargs), hooked.site, hooked.handler
+    fresh = None if tokens is None else handler.fresh(site, occurrence, call, tokens.shape)
+    if tokens is None or fresh is None:
+        return None
+    if hooked.part is None or not hooked.part.row_wise:
+        raise DitaError(
+            f"{site.name} is not known to treat every token by itself, so that it cannot run on some of them; reuse "
+            "its output instead"
+        )
+    some = gather_tokens(tokens, fresh.index)
+    if args and args[0] is tokens:
+        args = (some, *args[1:])
+    else:
+        kwargs = {name: some if value is tokens else value for name, value in kwargs.items()}
+    outputs, _ = flatten(original(*args, **kwargs))
+    return handler.refreshed(site, occurrence, call, inputs, fresh, outputs)
 
 
 def record_of(position: Position, call: Call, model: str) -> StepRecord:

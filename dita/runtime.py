@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
+from dita.agreement import Agreement, group_of
 from dita.anatomy import Anatomy, Block, ModulePart, attention_site, input_site
 from dita.attention_view import Attended, AttentionTaken, AttentionView
 from dita.clock import RunClock
+from dita.compilation import Compilation
 from dita.errors import DitaError
 from dita.grid import Grid, token_grid
-from dita.kernels.tokens import gather_tokens
 from dita.loop import Loop, LoopVariables, Request, one_by_one, roles_of
+from dita.offload import Offload
 from dita.passage import (
     Hooked,
     Original,
@@ -27,10 +29,11 @@ from dita.passage import (
     flatten,
     latents_of,
     left_out,
+    on_some_tokens,
     record_of,
     run_to_attention,
 )
-from dita.patch import Patch
+from dita.patch import CallPatch, Patch, compiled_call
 from dita.reporting import RunReport
 from dita.seams import Call, Features, Handler, Position, Site
 from dita.token_input import TokenInput
@@ -48,6 +51,7 @@ class ModelRuntime:
         current_report: returns the report of the run under way.
         loops: methods at work on the sampling loop, the first one outermost.
         pipe: the pipeline.
+        outer: what the pipeline calls: the transformer, or what `torch.compile` made of it.
     """
 
     def __init__(
@@ -60,10 +64,14 @@ class ModelRuntime:
         current_report: Callable[[], RunReport],
         loops: Sequence[Loop] = (),
         pipe: Any = None,
+        outer: torch.nn.Module | None = None,
     ) -> None:
+        self.outer = anatomy.model if outer is None else outer
+        self.compilation, self._offload = Compilation(self.outer, anatomy.model), Offload()
         self.number, self.name, self.anatomy = number, name, anatomy
         self.handlers, self.clock, self._current_report = tuple(handlers), clock, current_report
         self.loops, self._variables = tuple(loops), LoopVariables(pipe)
+        self.group, self._agree = None, Agreement(None)
         self._keeps = any(handler.sites for handler in self.handlers)
         self._roles: tuple[tuple[int, int], list[tuple[str, ...]]] = ((-1, -1), [])
         self._ran: tuple[int, int] = (-1, -1)
@@ -91,32 +99,33 @@ class ModelRuntime:
     def attach(self) -> None:
         """Hook the transformer, the blocks under some span, and the module sites."""
         model = self.anatomy.model
-        self._patch(model, "forward", self._model)
+        self.compilation.look()
+        self._patch(self.outer, self._model)
         if hasattr(model, "cache_context"):
-            self._patch(model, "cache_context", self._cache_context)
+            self._apply(Patch(model, "cache_context", self._cache_context))
         sites = {site for handler in self.handlers for site in handler.sites}
         check_inputs(self.anatomy, self.handlers)
         # The innermost hooks come first: a module that is skipped, or whose block is, reads nothing.
         for block, site in zip(self.anatomy.blocks, self.anatomy.block_inputs, strict=True):
             if site in sites:
                 place = block.entry.returns.index("hidden")
-                self._patch(block.module, "forward", self._around_input(site, block.module, block, place))
+                self._patch(block.module, self._around_input(site, block.module, block, place))
         for part in (*self.anatomy.modules, *self.anatomy.inner):
             if input_site(part.site) in sites:
                 block = self.anatomy.blocks[part.site.block]
-                self._patch(part.module, "forward", self._around_input(input_site(part.site), part.module, block))
+                self._patch(part.module, self._around_input(input_site(part.site), part.module, block))
         covered = {n for site in sites if site.kind in ("span", "entry") for n in range(site.first, site.last + 1)}
         for block in self.anatomy.blocks:
             if block.number in covered:
-                self._patch(block.module, "forward", self._around_block(block))
+                self._patch(block.module, self._around_block(block))
         for part in (*self.anatomy.modules, *self.anatomy.inner, *self.anatomy.linears):
             if part.site in sites:
-                self._patch(part.module, "forward", self._around_module(part))
+                self._patch(part.module, self._around_module(part))
                 for feeder in part.feeders:
-                    self._patch(feeder, "forward", self._around_feeder(part, feeder))
+                    self._patch(feeder, self._around_feeder(part, feeder))
         for part in (*self.anatomy.modules, *self.anatomy.inner):
             if attention_site(part.site) in sites:
-                self._patch(part.module, "forward", self._around_attention(attention_site(part.site), part.flex))
+                self._patch(part.module, self._around_attention(attention_site(part.site), part))
 
     def detach(self) -> None:
         """Put every hooked method back, last first."""
@@ -138,8 +147,10 @@ class ModelRuntime:
         loops = sum(loop.bytes_held() for loop in self.loops) if self.number == 0 else 0
         return loops + sum(handler.bytes_held() for handler in self.handlers)
 
-    def _patch(self, target: Any, name: str, around: Any) -> None:
-        patch = Patch(target, name, around)
+    def _patch(self, target: torch.nn.Module, around: Any) -> None:
+        self._apply(CallPatch(target, around, self.compilation.inlines(target)))
+
+    def _apply(self, patch: Patch) -> None:
         patch.apply()
         self._patches.append(patch)
 
@@ -167,6 +178,7 @@ class ModelRuntime:
         if self._run != self.clock.run:
             self._run = self.clock.run
             self._grids.clear()
+            self._agree = Agreement(self.group or group_of(self.anatomy.model))
             for handler in self.handlers:
                 handler.begin_run()
         if not self.loops:
@@ -229,6 +241,7 @@ class ModelRuntime:
         timer = Timer(tensors[0].device if tensors else torch.device("cpu"))
         self._call = call
         self._occurrences.clear()
+        self._offload.begin_call()
         try:
             for handler in self.handlers:
                 handler.begin_call(call)
@@ -256,7 +269,7 @@ class ModelRuntime:
         if shapes not in self._grids:
             self._grids[shapes] = token_grid(self.anatomy.model, arguments, latents)
         said = (self.clock.scheduler_fingerprint, self._grids[shapes], latents, arguments)
-        return Call(position, shapes, *said, schedule=self.clock.schedule)
+        return Call(position, shapes, *said, schedule=self.clock.schedule, agree=self._agree)
 
     def _plain(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call that belongs to no step of this pipeline: untouched, and remembered nowhere."""
@@ -288,9 +301,11 @@ class ModelRuntime:
             if call is None:
                 return original(*args, **kwargs)
             if self._skipping is not None and not ends:
+                self._offload.skips(block.module)
                 return block.pack(block.read(args, kwargs))
             if self._skipping is None:
                 for site, handler in entries:
+                    self._offload.runs(block.module)
                     handler.computed(site, 0, call, (), (self._entry(block, original, args, kwargs),))
                 for site, handler in starts:
                     inputs = block.read(args, kwargs)
@@ -301,12 +316,14 @@ class ModelRuntime:
                     wanted = handler.wants_inputs(site)
                     self._open[site] = tuple(None if t is None else t.clone() for t in inputs) if wanted else ()
             if self._skipping is None:
+                self._offload.runs(block.module)
                 for site, handler in starts:
                     if handler.rehearses(site, call):
                         handler.rehearsed(site, call, self._rehearse(handler, block, original, args, kwargs))
                 result = original(*args, **kwargs)
                 streams = block.unpack(result) if ends else ()
             else:
+                self._offload.skips(block.module)
                 site, handler, inputs = self._skipping
                 streams = block.read(args, kwargs)
                 if site.last == block.number:
@@ -337,8 +354,9 @@ class ModelRuntime:
 
     def _entry(self, block: Block, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         call, self._call = self._call, None
+        run = original if compiled_call(block.module) is None else block.module._call_impl
         try:
-            return run_to_attention(block, original, args, kwargs)
+            return run_to_attention(block, self.compilation.uncompiled(run), args, kwargs)
         finally:
             self._call = call
 
@@ -359,7 +377,8 @@ class ModelRuntime:
 
         return around
 
-    def _around_attention(self, site: Site, flex: bool) -> Any:
+    def _around_attention(self, site: Site, part: ModulePart) -> Any:
+        part.check_backend()
         handlers = [h for h in self.handlers if site in h.sites]
 
         def around(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -374,8 +393,12 @@ class ModelRuntime:
                     plain = functools.partial(handler.attend, site, occurrence, call, plain=plain)
                 return plain(seen)
 
-            with AttentionTaken(take, flex):
-                return original(*args, **kwargs)
+            before = self._occurrences.get(site, 0)
+            with AttentionTaken(take, part.flex):
+                result = self.compilation.uncompiled(original)(*args, **kwargs)
+            if self._occurrences.get(site, 0) == before:
+                self._remark(f"{part.site.name} called no attention that a method could take part in")
+            return result
 
         return around
 
@@ -416,7 +439,7 @@ class ModelRuntime:
         if handler.compute(site, call, inputs):
             if hooked.part is not None and handler.wants_attention(site, call):
                 with AttentionView(lambda seen: handler.attended(site, call, seen)):
-                    result = original(*args, **kwargs)
+                    result = self.compilation.uncompiled(original)(*args, **kwargs)
             else:
                 result = original(*args, **kwargs)
             features, rebuild = flatten(result)
@@ -424,38 +447,10 @@ class ModelRuntime:
             handler.computed(site, occurrence, call, inputs, features)
             return result
         if hooked.by_tokens:
-            stood_in = self._on_some_tokens(hooked, call, occurrence, inputs, original, args, kwargs)
+            stood_in = on_some_tokens(hooked, call, occurrence, inputs, original, args, kwargs)
             if stood_in is not None:
                 return self._shapes[site, occurrence](stood_in)
         return self._shapes[site, occurrence](handler.skipped(site, occurrence, call, inputs))
-
-    def _on_some_tokens(
-        self,
-        hooked: Hooked,
-        call: Call,
-        occurrence: int,
-        inputs: Features,
-        original: Original,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Features | None:
-        """Run a row-wise module on the tokens that the handler wants fresh; None if it wants none."""
-        tokens, site, handler = first_tensor(args, kwargs), hooked.site, hooked.handler
-        fresh = None if tokens is None else handler.fresh(site, occurrence, call, tokens.shape)
-        if tokens is None or fresh is None:
-            return None
-        if hooked.part is None or not hooked.part.row_wise:
-            raise DitaError(
-                f"{site.name} of {self.anatomy.name} is not known to treat every token by itself, so that it "
-                "cannot run on some of them; reuse its output instead"
-            )
-        some = gather_tokens(tokens, fresh.index)
-        if args and args[0] is tokens:
-            args = (some, *args[1:])
-        else:
-            kwargs = {name: some if value is tokens else value for name, value in kwargs.items()}
-        outputs, _ = flatten(original(*args, **kwargs))
-        return handler.refreshed(site, occurrence, call, inputs, fresh, outputs)
 
     def _driven(self, site: Site, handler: Handler, occurrence: int, call: Call, original: Callable[[], Any]) -> Any:
         """Leave it to the handler how often a module or the model runs."""

@@ -101,6 +101,7 @@ class Call:
         action, value, reason: what was done, as in `dita.reporting.StepRecord`.
         note: what the run's report is to say about memory, "" for nothing new.
         density: share of the attention's pairs of tokens that were computed, over the layers that computed any.
+        agree: of several ranks that work on one sample, returns what any of them wants; see `dita.agreement`.
         sparsely: why that share is what it is, "" where nothing took part in attention.
     """
 
@@ -120,6 +121,7 @@ class Call:
     density: float = 1.0
     sparsely: str = ""
     schedule: Callable[[], Schedule | None] = field(default=lambda: None, repr=False)
+    agree: Callable[..., tuple[bool, ...]] = field(default=lambda *wanted: wanted, repr=False)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from dita.agreement import check_group
 from dita.anatomy import Anatomy, describe
 from dita.clock import RunClock
 from dita.config import Method
@@ -17,6 +18,7 @@ from dita.errors import DitaError
 from dita.fingerprint import fingerprint
 from dita.loop import Run
 from dita.models import REFUSED_PIPELINES
+from dita.patch import unwrapped
 from dita.registry import resolve
 from dita.reporting import KEPT_RUNS, Report, RunReport
 from dita.runtime import ModelRuntime
@@ -33,33 +35,45 @@ _TRANSFORMERS = "diffusers.models.transformers."
 class Session:
     """All that is attached to one pipeline."""
 
-    def __init__(self, pipe: Any, methods: tuple[Method, ...], anatomies: dict[str, Anatomy]) -> None:
+    def __init__(
+        self, pipe: Any, methods: tuple[Method, ...], models: dict[str, nn.Module], anatomies: dict[str, Anatomy]
+    ) -> None:
         self.pipe, self.methods = pipe, methods
         self.labels = tuple(f"{m.name}({m.label()})" for m in methods)
-        found = tuple(anatomies.values())
-        self.loops = tuple(loop for m in methods if (loop := _made(m, m.loop, found, pipe)) is not None)
-        self.clock = RunClock(
-            lambda: pipe.scheduler, self._run_started, self._run_finished, self._stepped, self.loops, pipe
-        )
         self.runs: list[RunReport] = []
-        shares = [m.among(len(anatomies)) for m in methods]
-        self.runtimes = [
+        self.group: Any = None
+        self._idle = all(not m.saves or m.across_runs or m == type(m).disabled() for m in methods)
+        self._build(models, anatomies)
+
+    def _build(self, models: dict[str, nn.Module], anatomies: dict[str, Anatomy]) -> None:
+        """Make all that is to be hung on the pipeline."""
+        pipe, found = self.pipe, tuple(anatomies.values())
+        loops = tuple(loop for m in self.methods if (loop := _made(m, m.loop, found, pipe)) is not None)
+        clock = RunClock(
+            lambda: pipe.scheduler, self._run_started, self._run_finished, self._stepped, loops, pipe, self._refresh
+        )
+        shares = [m.among(len(anatomies)) for m in self.methods]
+        runtimes = [
             ModelRuntime(
-                number,
-                name,
-                anatomy,
-                [_handler(m, anatomy) for m in shares],
-                self.clock,
-                self._current,
-                self.loops,
-                pipe,
+                number, name, anatomy, [_handler(m, anatomy) for m in shares], clock, self._current, loops,
+                pipe, models[name],
             )
             for number, (name, anatomy) in enumerate(anatomies.items())
-        ]
-        self._idle = all(not m.saves or m.across_runs or m == type(m).disabled() for m in methods)
+        ]  # fmt: skip
+        self.models, self.loops, self.clock, self.runtimes = models, loops, clock, runtimes
+        self.share_decisions(self.group)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        return self  # a copied pipeline is a plain one: its hooks know that they were copied
+    def share_decisions(self, group: Any) -> None:
+        """See `dita.share_decisions`."""
+        self.group = group
+        for runtime in self.runtimes:
+            runtime.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None  # a copied pipeline is a plain one: its hooks know that they were copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(None), ())  # so is one that was written and read again
 
     def attach(self) -> None:
         """Hook everything, or nothing if any hook fails."""
@@ -80,6 +94,20 @@ class Session:
             vars(runtime.anatomy.model).pop(_OWNER, None)
             runtime.detach()
         self.clock.detach()
+
+    def _refresh(self) -> bool:
+        """Before a run: if a transformer was replaced, compiled, or given a LoRA, hang everything on it anew."""
+        same = all(getattr(self.pipe, name, None) is model for name, model in self.models.items())
+        if same and not any(runtime.compilation.changed() for runtime in self.runtimes):
+            return False
+        before = self.models, self.loops, self.clock, self.runtimes
+        self._build(*_examined(self.pipe, self))
+        after = self.models, self.loops, self.clock, self.runtimes
+        self.models, self.loops, self.clock, self.runtimes = before
+        self.detach()
+        self.models, self.loops, self.clock, self.runtimes = after
+        self.attach()
+        return True
 
     def _current(self) -> RunReport:
         if not self.runs:
@@ -153,7 +181,7 @@ def transformers_of(pipe: Any) -> dict[str, nn.Module]:
     found = dict(sorted(named.items(), key=lambda item: not item[0].startswith("transformer")))
     if not found:  # priors of embeddings and decoders of spectrograms denoise too
         others = {n: c for n, c in components.items() if n in _OTHER_NAMES and isinstance(c, nn.Module)}
-        found = {n: c for n, c in others.items() if type(c).__module__.startswith(_TRANSFORMERS)}
+        found = {n: c for n, c in others.items() if type(unwrapped(c)).__module__.startswith(_TRANSFORMERS)}
     if not found:
         held = ", ".join(f"{n} ({type(c).__name__})" for n, c in components.items() if isinstance(c, nn.Module))
         raise DitaError(
@@ -197,24 +225,13 @@ def accelerate_pipeline(pipe: P, *methods: str | Method | type[Method], **option
     Example:
         >>> pipe = accelerate_pipeline(pipe, "taylorseer", interval=4)  # doctest: +SKIP
     """
-    anatomies = {name: describe(_eager(name, model)) for name, model in transformers_of(pipe).items()}
-    for name, anatomy in anatomies.items():
-        if "model" in anatomy.reasons:
-            raise DitaError(f"{name} ({anatomy.name}) cannot be accelerated: {anatomy.reasons['model']}")
+    old = _find(pipe)
+    models, anatomies = _examined(pipe, old)
     if options and len(methods) != 1:
         raise DitaError(f"options {sorted(options)} configure a single method, but {len(methods)} were given")
     configs = tuple(resolve(m, **options) for m in methods) or default_methods(next(iter(anatomies.values())), pipe)
     _check_claims(configs)
-    old = _find(pipe)
-    for name, anatomy in anatomies.items():
-        owner: Session | None = vars(anatomy.model).get(_OWNER)
-        own = owner is not None and any(r.anatomy.model is anatomy.model for r in owner.runtimes)
-        if owner is not None and own and owner is not old:
-            raise DitaError(
-                f"the {name} of this {type(pipe).__name__} is shared with a {type(owner.pipe).__name__} that is "
-                "already accelerated; restore that one first (a pipe made by from_pipe shares what is attached)"
-            )
-    session = Session(pipe, configs, anatomies)
+    session = Session(pipe, configs, models, anatomies)
     if old is not None:
         old.detach()
     try:
@@ -226,13 +243,25 @@ def accelerate_pipeline(pipe: P, *methods: str | Method | type[Method], **option
     return pipe
 
 
-def _eager(name: str, model: nn.Module) -> nn.Module:
-    if hasattr(model, "_orig_mod"):
-        raise DitaError(
-            f"{name} was compiled as a whole with torch.compile, which hides its blocks; accelerate the pipeline first "
-            "and compile the blocks (compile_repeated_blocks)"
-        )
-    return model
+def _examined(pipe: Any, session: Session | None) -> tuple[dict[str, nn.Module], dict[str, Anatomy]]:
+    """The transformers as a pipeline calls them, and what is in them, for this session or a new one to be hung on.
+
+    Raises:
+        DitaError: one of them cannot be accelerated, or another pipeline's session is hung on it.
+    """
+    models = transformers_of(pipe)
+    anatomies = {name: describe(model) for name, model in models.items()}
+    for name, anatomy in anatomies.items():
+        if "model" in anatomy.reasons:
+            raise DitaError(f"{name} ({anatomy.name}) cannot be accelerated: {anatomy.reasons['model']}")
+        owner: Session | None = vars(anatomy.model).get(_OWNER)
+        own = owner is not None and any(r.anatomy.model is anatomy.model for r in owner.runtimes)
+        if owner is not None and own and owner is not session:
+            raise DitaError(
+                f"the {name} of this {type(pipe).__name__} is shared with a {type(owner.pipe).__name__} that is "
+                "already accelerated; restore that one first (a pipe made by from_pipe shares what is attached)"
+            )
+    return models, anatomies
 
 
 def _check_claims(methods: tuple[Method, ...]) -> None:
@@ -288,6 +317,29 @@ def report(pipe: Any) -> Report:
         >>> print(report(pipe))  # doctest: +SKIP
     """
     return session_of(pipe).report()
+
+
+def share_decisions(pipe: P, group: Any = None) -> P:
+    """Have the ranks of a process group, which work on one sample together, compute what any of them wants computed.
+
+    For ranks that share work in a way dita cannot see, such as the guidance branches of one sample. diffusers' context
+    and tensor parallelism need no word. Every rank has to accelerate its pipeline by the same methods; holds until the
+    pipeline is restored or accelerated anew.
+
+    Args:
+        pipe: an accelerated pipeline.
+        group: of torch.distributed; by default all ranks.
+
+    Raises:
+        DitaError: the pipeline is not accelerated, torch.distributed is not initialised, or no group was given.
+
+    Example:
+        >>> pipe = share_decisions(pipe, group)  # doctest: +SKIP
+    """
+    session = session_of(pipe)
+    check_group(group)
+    session.share_decisions(torch.distributed.group.WORLD if group is None else group)
+    return pipe
 
 
 def _find(pipe: Any) -> Session | None:

@@ -16,6 +16,7 @@ DOCUMENTS = (
     "docs/fitted.md",
     "docs/edge_cases.md",
     "docs/robustness.md",
+    "docs/composition.md",
     "kernels/README.md",
     "schedulers/README.md",
 )
@@ -50,6 +51,14 @@ def test_links_lead_somewhere(document: str) -> None:
     local = [target for target in targets if "://" not in target]
     missing = [target for target in local if not ((ROOT / document).parent / target).exists()]
     assert not missing
+
+
+def test_what_works_together_is_tested() -> None:
+    rows = [line for line in read("docs/composition.md").splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 25
+    for row in rows:
+        named = re.search(r"`(test_\w+\.py)::(test_\w+)` \|$", row)
+        assert named and f"\ndef {named[2]}(" in read(f"tests/{named[1]}"), row
 
 
 def test_readme_commands_are_make_targets() -> None:

@@ -30,6 +30,7 @@ PUBLIC = {
     "methods",
     "report",
     "restore_pipeline",
+    "share_decisions",
     "supports",
 }
 
