@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -41,7 +41,8 @@ class ModulePart:
     @property
     def backend(self) -> str:
         """The backend of diffusers that its processor calls now; "" if it calls attention some other way."""
-        processor, dispatch = getattr(self.module, "processor", None), sys.modules.get(_DISPATCH)
+        processor: Any = getattr(self.module, "processor", None)
+        dispatch: Any = sys.modules.get(_DISPATCH)
         if dispatch is None or not hasattr(processor, "_attention_backend"):
             return ""
         chosen = processor._attention_backend or dispatch._AttentionBackendRegistry.get_active_backend()[0]

@@ -90,18 +90,16 @@ def seeded(model: nn.Module, seed: int) -> nn.Module:
 
 def vae(channels: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        return AutoencoderKL(
-            block_out_channels=(4, 4, 4, 4), down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=channels, norm_num_groups=2,
-            mid_block_add_attention=False, shift_factor=0.0, scaling_factor=1.0,
-        ).eval()  # fmt: skip
+        sizes: Any = {"block_out_channels": (4,) * 4, "latent_channels": channels, "norm_num_groups": 2}
+        sizes |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        return AutoencoderKL(mid_block_add_attention=False, shift_factor=0.0, scaling_factor=1.0, **sizes).eval()
 
 
 def flux_control(cls: Any) -> Any:
     control = FluxControlNetModel(
         in_channels=64, num_layers=2, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=POOLED_WIDTH, guidance_embeds=True,
-        axes_dims_rope=(4, 6, 6),
+        axes_dims_rope=[4, 6, 6],
     )  # fmt: skip
     return cls.from_pipe(FLUX.build(), controlnet=seeded(control, 7), vae=vae(16))
 

@@ -138,8 +138,10 @@ def mapped(pipe: Any, folder: Path) -> list[Any]:
     names = [name for name, _ in pipe.transformer.named_children() if "blocks" not in name]
     names += [f"{kind}transformer_blocks.{n}" for kind in ("", "single_") for n in range(3)]
     on_disk = {"single_transformer_blocks.0", "single_transformer_blocks.1"}
-    device_map = {name: "disk" if name in on_disk else "cpu" for name in names}
-    dispatch_model(pipe.transformer, device_map, main_device="cpu", offload_dir=str(folder), force_hooks=True)
+    device_map: dict[str, Any] = {name: "disk" if name in on_disk else "cpu" for name in names}
+    dispatch_model(
+        pipe.transformer, device_map, main_device=torch.device("cpu"), offload_dir=str(folder), force_hooks=True
+    )
     for module in pipe.transformer.single_transformer_blocks[:2].modules():
         if hasattr(module, "_hf_hook") and any(True for _ in module.parameters(recurse=False)):
             counted(module, loads)
