@@ -39,7 +39,8 @@ class Finite:
         for tensor in tensors:
             if tensor is None or not tensor.is_floating_point() or not tensor.numel():
                 continue
-            largest = torch.linalg.vector_norm(tensor, float("inf"), dtype=torch.float32)
+            exact = torch.promote_types(tensor.dtype, torch.float32)
+            largest = torch.linalg.vector_norm(tensor, float("inf"), dtype=exact)
             fine = largest <= torch.finfo(storage.dtype_of(tensor)).max
             self._now = fine if self._now is None or self._now.device != fine.device else self._now & fine
 

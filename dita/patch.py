@@ -135,6 +135,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
     """What `torch.compile` wrapped; any other module is returned as it is.
 
     Example:
+        >>> import torch
         >>> layer = nn.Identity()
         >>> unwrapped(torch.compile(layer)) is unwrapped(layer) is layer
         True

@@ -70,7 +70,8 @@ def test_adaptive_guidance_image_does_not_depend_on_its_batch_mates() -> None:
     with watched(TINY["dit"].build(), GuidanceLoop(watcher, "x")) as pipe:
         TINY["dit"].call(pipe, batch=3)
     best = torch.tensor(watcher.history).cummax(0).values
-    config = AdaptiveGuidance(threshold=best[4].min().item())  # some sample reaches it at step 4 or before, not all
+    # Some sample reaches it at step 4 or before, not all; a little less, since a batch rounds otherwise.
+    config = AdaptiveGuidance(threshold=best[4].min().item() - 1e-5)
     together, report = run("dit", config, batch=3)
     alone = [run("dit", config, first=row) for row in range(3)]
     torch.testing.assert_close(together, torch.cat([output for output, _ in alone]), atol=1e-5, rtol=1e-4)

@@ -398,7 +398,7 @@ def test_a_transformer_with_one_timestep_for_all_rows_is_refused() -> None:
 
 LEFT_ALONE: dict[str, tuple[str, dict[str, Any], str]] = {
     "another combination": ("ltx", {"guidance_rescale": 0.7}, "combines its branches otherwise"),
-    "another scale at each step": ("cogvideox", {"use_dynamic_cfg": True}, "combines its branches otherwise"),
+    "another scale at each step": ("cogvideox", {"use_dynamic_cfg": True}, "the guidance scale changed"),
 }
 
 
