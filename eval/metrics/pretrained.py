@@ -71,9 +71,9 @@ class InceptionDistance:
         features: int = 2048,
     ) -> None:
         real = _checked(real, "real")
-        options = _inception_options(weights, download)
         from torchmetrics.image.fid import FrechetInceptionDistance
 
+        options = _inception_options(FrechetInceptionDistance, weights, download)
         self.batch = batch
         self._metric = FrechetInceptionDistance(features, reset_real_features=False, **options).to(real.device)
         self._update(real, True)
@@ -132,9 +132,9 @@ class KernelInceptionDistance:
         features: int = 2048,
     ) -> None:
         real = _checked(real, "real")
-        options = _inception_options(weights, download)
         from torchmetrics.image.fid import NoTrainInceptionV3
 
+        options = _inception_options(NoTrainInceptionV3, weights, download)
         self.batch = batch
         self._network = NoTrainInceptionV3("inception-v3-compat", [str(features)], **options).to(real.device)
         self.real = self._features(real)
@@ -157,14 +157,12 @@ class KernelInceptionDistance:
         return torch.cat([self._network(_eight_bits(part)) for part in images.split(self.batch)])
 
 
-def _inception_options(weights: str | Path | None, download: bool) -> dict[str, Any]:
+def _inception_options(cls: type, weights: str | Path | None, download: bool) -> dict[str, Any]:
     require("torch_fidelity")
     path = find_weights(INCEPTION, weights, download)
     load_weights(path)  # the extractor unpickles without restraint, so refuse here what is not plain tensors
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
     # Older releases of torchmetrics know only TensorFlow 1's way of resizing, which is the one wanted.
-    newer = "antialias" in signature(FrechetInceptionDistance).parameters
+    newer = "antialias" in signature(cls).parameters
     return {"feature_extractor_weights_path": str(path), **({"antialias": False} if newer else {})}
 
 
