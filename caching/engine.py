@@ -145,7 +145,7 @@ class CacheHandler(Handler):
         self._units = {site: _units(site) for site in self.reused}
         self._whole = set[int | Site]().union(*self._units.values())
         self._streams: dict[tuple[str, int], Stream] = {}
-        self._leader: tuple[tuple[int, int], Verdict] | None = None
+        self._leader: tuple[tuple[int, int, int | None], Verdict] | None = None
         self.begin_run()
 
     def begin_run(self) -> None:
@@ -207,7 +207,7 @@ class CacheHandler(Handler):
 
     def _decide(self, call: Call) -> Verdict:
         stream, view, position = self._stream(call), self._make_view(call), call.position
-        moment = (position.step, position.stage)
+        moment = (position.step, position.stage, position.sample)
         if stream.newest is None:
             verdict = Verdict(True, "first step")
         elif call.fresh:

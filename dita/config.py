@@ -36,6 +36,7 @@ class Method:
         claims: what only one method of a recipe may do, such as "reuse".
         needs_calibration: the settings hold numbers measured on the user's pipeline.
         saves: it leaves out calls or parts of them; without, it makes a run better, so that fewer steps may do.
+        joint: it decides about the samples of a batch together, outside of the transformer's calls.
         across_runs: it goes on from one run to the next, such as frames of a stream; the first run is plain.
         schema: version of the settings in JSON.
         table_kind: the class of a setting named `table`, rebuilt by its `from_dict`; None without such a setting.
@@ -51,6 +52,7 @@ class Method:
     claims: ClassVar[frozenset[str]] = frozenset()
     needs_calibration: ClassVar[bool] = False
     saves: ClassVar[bool] = True
+    joint: ClassVar[bool] = False
     across_runs: ClassVar[bool] = False
     schema: ClassVar[int] = 1
     table_kind: ClassVar[type[Any] | None] = None

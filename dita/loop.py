@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 COND_FIRST = ("DiTPipeline", "LuminaPipeline")
 """Pipelines whose batched guidance puts the conditional half first; all others put it last."""
+_ROW_LISTS = ("txt_seq_lens",)  # arguments that are lists of numbers, one a sample
 _NOT_BATCHED = ("ids", "rotary", "rope", "freqs", "shape")  # parts of argument names whose first axis is not the batch
 
 
@@ -134,8 +135,8 @@ class Request:
             they began from noise.
         tokens: how many image tokens a sample has in this call, and how many at full resolution; None if it has all.
         grid: frames, rows and columns in which those tokens lie, () if in none; None to read it off the arguments.
-        each: arguments that have no batch and yet differ from sample to sample, one mapping a sample of a branch: the
-            samples then run one by one.
+        each: one mapping a sample of a branch, if the samples are to run one by one: arguments that have no batch and yet
+            differ from sample to sample.
     """
 
     position: Position
@@ -210,25 +211,29 @@ class Request:
         if len(self.roles) == 1:
             return self
         size, place = self.batch, self.roles.index(role)
-        own = self._batched(lambda value: value[place * size : (place + 1) * size])
+        own = self._batched(range(place * size, (place + 1) * size))
         return replace(own, position=replace(self.position, branch=role), roles=(role,))
 
     def taken(self, rows: Sequence[int]) -> Self:
         """The call on other rows of its batch, which may come several times: `rows` count over all branches.
 
-        Every argument whose first axis is the batch is gathered.
+        Every argument whose first axis is the batch is gathered, and so are lists with an entry a row.
         """
-        return self._batched(lambda value: value[torch.tensor(rows, device=value.device)])
+        return self._batched(rows)
 
-    def _batched(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+    def _batched(self, wanted: Sequence[int]) -> Self:
         rows = self.latents.shape[0]
+        together = list(wanted) == list(range(wanted[0], wanted[-1] + 1))
+        places = slice(wanted[0], wanted[-1] + 1) if together else list(wanted)
 
         def cut(name: str, value: Any) -> Any:
             if isinstance(value, torch.Tensor):
                 batched = value.ndim and value.shape[0] == rows and not any(word in name for word in _NOT_BATCHED)
-                return change(value) if batched else value
+                return value[places] if batched else value
             if isinstance(value, dict):
                 return {key: cut(key, v) for key, v in value.items()}
+            if isinstance(value, list) and _an_entry_a_row(name, value, rows):
+                return [value[n] for n in wanted]
             if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
                 return type(value)(cut(name, v) for v in value)
             return value
@@ -266,6 +271,16 @@ class Request:
         return latents.new_zeros(shape)
 
 
+def _an_entry_a_row(name: str, value: list[Any], rows: int) -> bool:
+    """Whether a list has an entry for each row of the batch, rather than one a block or a layer, each for all rows."""
+    if len(value) != rows or "rotary" in name:
+        return False
+    tensors = [v for v in value if isinstance(v, torch.Tensor)]
+    if tensors:
+        return not all(t.ndim and t.shape[0] == rows for t in tensors)
+    return name in _ROW_LISTS or all(isinstance(v, (list, tuple)) for v in value)
+
+
 Runner = Callable[[Request], Any]
 """Carries a request out and returns what the transformer returned."""
 
@@ -273,15 +288,13 @@ Runner = Callable[[Request], Any]
 def one_by_one(request: Request, run: Runner) -> Any:
     """Run the samples of a request one by one, each with arguments of its own (`Request.each`), and join the results.
 
-    Each has a branch of its own, so that what methods keep of one sample never serves another.
+    A sample's branches stay together, and its position names it: what methods keep of one never serves another.
     """
     size, branches = request.batch, len(request.roles)
-    branch = "all" if request.position.branch.startswith("call ") else request.position.branch
     results = []
     for sample, own in enumerate(request.each):
         part = request.taken([sample + place * size for place in range(branches)]).changed(**own)
-        position = replace(request.position, branch=f"{branch}[{sample}]")
-        results.append(run(replace(part, each=(), position=position)))
+        results.append(run(replace(part, each=(), position=replace(request.position, sample=sample))))
     columns = zip(*(tensors_of(result) for result in results), strict=True)
     joined = tuple(
         None if column[0] is None else torch.stack([t for t in column if t is not None], dim=1).flatten(0, 1)

@@ -156,7 +156,7 @@ def record_of(position: Position, call: Call, model: str) -> StepRecord:
         action = "partial" if action in ("computed", "sparse", "low-bit") else action
         reason = f"{call.tokens[0]} of {call.tokens[1]} tokens; {reason}"
     return StepRecord(
-        position.step, position.stage, position.branch, action, value, reason, model,
+        position.step, position.stage, position.name, action, value, reason, model,
         density=call.density, tokens=tokens,
     )  # fmt: skip
 

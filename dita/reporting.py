@@ -45,7 +45,7 @@ class StepRecord:
 
     Attributes:
         step, stage: solver step from 0, and the model evaluation within it (1 is Heun's second).
-        branch: "all", "cond", "uncond" or the pipeline's own name.
+        branch: "all", "cond", "uncond" or the pipeline's own name; "cond[2]" where samples run one by one.
         action: "computed", "reused" (the last value stands in), "forecast" (a weighted sum of past values does),
             "partial" (some sites ran, or all of them on fewer tokens), "sparse" (all ran, with a part of the
             attention), "low-bit" (all ran, with attention in fewer bits) or "skipped" (the transformer was not called:
@@ -110,11 +110,12 @@ class RunReport:
         """Read the timers and give unnamed branches their names; safe to call at any time, more than once."""
         for record, (timer, share) in zip(self.records, self._timers, strict=True):
             record.seconds = timer.seconds() * share
-        unnamed = sorted({r.branch for r in self.records if r.branch.startswith("call ")})
+        unnamed = sorted({r.branch.partition("[")[0] for r in self.records if r.branch.startswith("call ")})
         names = ["all"] if len(unnamed) == 1 else ["cond", "uncond", "third", "fourth"]
         renamed = dict(zip(unnamed, names, strict=False))
         for record in self.records:
-            record.branch = renamed.get(record.branch, record.branch)
+            name, bracket, sample = record.branch.partition("[")
+            record.branch = renamed.get(name, name) + bracket + sample
         return self
 
     @property

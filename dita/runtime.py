@@ -52,6 +52,7 @@ class ModelRuntime:
         loops: methods at work on the sampling loop, the first one outermost.
         pipe: the pipeline.
         outer: what the pipeline calls: the transformer, or what `torch.compile` made of it.
+        per_sample: run the samples of a batch one by one, each on decisions of its own.
     """
 
     def __init__(
@@ -65,12 +66,13 @@ class ModelRuntime:
         loops: Sequence[Loop] = (),
         pipe: Any = None,
         outer: torch.nn.Module | None = None,
+        per_sample: bool = False,
     ) -> None:
         self.outer = anatomy.model if outer is None else outer
         self.compilation, self._offload = Compilation(self.outer, anatomy.model), Offload()
         self.number, self.name, self.anatomy = number, name, anatomy
         self.handlers, self.clock, self._current_report = tuple(handlers), clock, current_report
-        self.loops, self._variables = tuple(loops), LoopVariables(pipe)
+        self.loops, self._variables, self._per_sample = tuple(loops), LoopVariables(pipe), per_sample
         self.group, self._agree = None, Agreement(None)
         self._keeps = any(handler.sites for handler in self.handlers)
         self._roles: tuple[tuple[int, int], list[tuple[str, ...]]] = ((-1, -1), [])
@@ -181,15 +183,18 @@ class ModelRuntime:
             self._agree = Agreement(self.group or group_of(self.anatomy.model))
             for handler in self.handlers:
                 handler.begin_run()
-        if not self.loops:
+        if not (self.loops or self._per_sample):
             return self._one(position, ("all",), "", original, args, kwargs)
 
-        def carried_out(request: Request) -> Any:
-            if request.each:
-                return one_by_one(request, carried_out)
+        def together(request: Request) -> Any:
             position, roles, reason = request.position, request.roles, request.reason
             said = {"scale": request.scale, "tokens": request.tokens, "grid": request.grid, "fresh": request.fresh}
             return self._one(position, roles, reason, original, request.args, request.kwargs, **said)
+
+        def carried_out(request: Request) -> Any:
+            if self._per_sample and not request.each and request.batch > 1:
+                request = replace(request, each=({},) * request.batch)
+            return one_by_one(request, together) if request.each else together(request)
 
         run: Any = carried_out
         for loop in reversed(self.loops):

@@ -66,6 +66,7 @@ class Position:
         schedule_length: solver steps of the full schedule.
         local_step: solver steps since this model was first called in the run (a second expert starts at 0).
         timestep: of the training schedule, scaled to 0..1000.
+        sample: which sample of the batch, where samples are run one by one; None for all of them.
     """
 
     step: int
@@ -76,11 +77,17 @@ class Position:
     schedule_length: int
     local_step: int
     timestep: float = 0.0
+    sample: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The branch, with the sample if there is one: "cond[2]"."""
+        return self.branch if self.sample is None else f"{self.branch}[{self.sample}]"
 
     @property
     def stream(self) -> tuple[str, int]:
-        """The key under which state is kept: the same branch and stage, step after step."""
-        return (self.branch, self.stage)
+        """The key under which state is kept: the same branch, sample and stage, step after step."""
+        return (self.name, self.stage)
 
 
 @dataclass

@@ -36,9 +36,14 @@ class Session:
     """All that is attached to one pipeline."""
 
     def __init__(
-        self, pipe: Any, methods: tuple[Method, ...], models: dict[str, nn.Module], anatomies: dict[str, Anatomy]
+        self,
+        pipe: Any,
+        methods: tuple[Method, ...],
+        models: dict[str, nn.Module],
+        anatomies: dict[str, Anatomy],
+        per_sample: bool = False,
     ) -> None:
-        self.pipe, self.methods = pipe, methods
+        self.pipe, self.methods, self.per_sample = pipe, methods, per_sample
         self.labels = tuple(f"{m.name}({m.label()})" for m in methods)
         self.runs: list[RunReport] = []
         self.group: Any = None
@@ -56,7 +61,7 @@ class Session:
         runtimes = [
             ModelRuntime(
                 number, name, anatomy, [_handler(m, anatomy) for m in shares], clock, self._current, loops,
-                pipe, models[name],
+                pipe, models[name], self.per_sample,
             )
             for number, (name, anatomy) in enumerate(anatomies.items())
         ]  # fmt: skip
@@ -204,7 +209,9 @@ def model_of(pipe: Any) -> str:
     return fingerprint(next(iter(transformers_of(pipe).values())))
 
 
-def accelerate_pipeline(pipe: P, *methods: str | Method | type[Method], **options: Any) -> P:
+def accelerate_pipeline(
+    pipe: P, *methods: str | Method | type[Method], per_sample: bool = False, **options: Any
+) -> P:
     """Make a diffusers pipeline faster; its calls stay as they are.
 
     Attaches to this pipeline object only, wholly or not at all. A second call replaces what the first attached.
@@ -213,14 +220,17 @@ def accelerate_pipeline(pipe: P, *methods: str | Method | type[Method], **option
         pipe: a diffusers pipeline whose denoiser is a transformer.
         methods: names or configs; with none, the pipeline's own calibration if `dita.calibrate` left one, else the
             default of the model's family (`dita.defaults`).
+        per_sample: run the samples of a batch one by one through the transformer, each with its guidance branches and
+            on decisions of its own: an image is the same bit for bit alone and in any batch, and no sample is computed
+            because another has to be. Costs what the device gains by batching.
         options: settings of the one method given.
 
     Returns:
         the same pipe.
 
     Raises:
-        DitaError: unknown method or setting, methods that exclude each other, or a model without the seam a method
-            needs. The pipeline is then as it was before.
+        DitaError: unknown method or setting, methods that exclude each other or decide for a whole batch where
+            `per_sample` is asked for, or a model without the seam a method needs. The pipeline is then as it was before.
 
     Example:
         >>> pipe = accelerate_pipeline(pipe, "taylorseer", interval=4)  # doctest: +SKIP
@@ -231,7 +241,8 @@ def accelerate_pipeline(pipe: P, *methods: str | Method | type[Method], **option
         raise DitaError(f"options {sorted(options)} configure a single method, but {len(methods)} were given")
     configs = tuple(resolve(m, **options) for m in methods) or default_methods(next(iter(anatomies.values())), pipe)
     _check_claims(configs)
-    session = Session(pipe, configs, models, anatomies)
+    _check_samples(configs, per_sample)
+    session = Session(pipe, configs, models, anatomies, per_sample)
     if old is not None:
         old.detach()
     try:
@@ -275,6 +286,17 @@ def _check_claims(methods: tuple[Method, ...]) -> None:
             owners[claim] = method
 
 
+def _check_samples(methods: tuple[Method, ...], per_sample: bool) -> None:
+    if not isinstance(per_sample, bool):
+        raise DitaError(f"per_sample is {per_sample!r}; expected True or False")
+    joint = [method.name for method in methods if method.joint]
+    if per_sample and joint:
+        raise DitaError(
+            f"{joint[0]} decides about all samples of a batch together, per_sample=True asks for decisions of each: "
+            "they exclude each other; give the pipeline one sample a call, or leave per_sample out"
+        )
+
+
 def restore_pipeline(pipe: P) -> P:
     """Take all methods off; the pipeline is bit for bit what it was. Does nothing to a plain pipeline.
 
@@ -288,7 +310,9 @@ def restore_pipeline(pipe: P) -> P:
 
 
 @contextlib.contextmanager
-def accelerated(pipe: P, *methods: str | Method | type[Method], **options: Any) -> Iterator[P]:
+def accelerated(
+    pipe: P, *methods: str | Method | type[Method], per_sample: bool = False, **options: Any
+) -> Iterator[P]:
     """Accelerate within a `with` block, then put back what was attached before, if anything.
 
     Arguments and errors are those of `accelerate_pipeline`.
@@ -298,7 +322,7 @@ def accelerated(pipe: P, *methods: str | Method | type[Method], **options: Any) 
         ...     pipe("a prompt")
     """
     old = _find(pipe)
-    accelerate_pipeline(pipe, *methods, **options)
+    accelerate_pipeline(pipe, *methods, per_sample=per_sample, **options)
     try:
         yield pipe
     finally:

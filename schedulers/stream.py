@@ -245,6 +245,7 @@ class Stream(SamplingMethod):
     arxiv: ClassVar[str] = "2312.12491"
     axes: ClassVar[str] = "all steps of a frame in one batch with other frames; similar frames skipped at random"
     seams: ClassVar[frozenset[str]] = frozenset({"step", "model"})
+    joint: ClassVar[bool] = True
     claims: ClassVar[frozenset[str]] = frozenset({"solver", "timesteps", "resolution"})
     across_runs: ClassVar[bool] = True
     citation: ClassVar[str] = """@article{kodaira2023streamdiffusion,

@@ -136,6 +136,11 @@ def on_tokens(model: nn.Module, x: torch.Tensor, grid: Grid) -> torch.Tensor | N
     return functional.adaptive_avg_pool3d(field[:, None], grid).flatten(1)
 
 
+def _rows(position: Position) -> slice:
+    """Of a batch's latents, those of the call's samples."""
+    return slice(None) if position.sample is None else slice(position.sample, position.sample + 1)
+
+
 class TokenCache(Handler):
     """Runs the blocks of one transformer on some tokens between full steps.
 
@@ -150,7 +155,7 @@ class TokenCache(Handler):
         self._points: list[tuple[float, torch.Tensor]] = []
         self._latest: torch.Tensor | None = None
         self._step, self._reached = -1, -1
-        self._chosen: dict[tuple[int, ...], torch.Tensor] = {}
+        self._chosen: dict[tuple[int, int, int | None], torch.Tensor] = {}
         self._density, self._reason = 1.0, ""
 
     def begin_run(self) -> None:
@@ -161,15 +166,16 @@ class TokenCache(Handler):
 
     def begin_call(self, call: Call) -> None:
         """Note the time at which the latest latents stand."""
-        if call.position.step != self._step:
-            self._step = call.position.step
+        latest, position = self._latest, call.position
+        if position.step != self._step:
+            self._step = position.step
             self._chosen.clear()
-            latest = self._latest
-            # Steps that skip the transformer are not seen here: what the next call denoises is where they led.
-            if latest is not None and self._reached + 1 != self._step and call.latents is not None:
-                latest = call.latents[: len(latest)].clone()
             if latest is not None:
-                self._points = [*self._points[-3:], (call.position.timestep, latest)]
+                self._points = [*self._points[-3:], (position.timestep, latest)]
+        # Steps that skip the transformer are not seen here: what the next call denoises is where they led.
+        if latest is not None and self._reached + 1 != self._step and call.latents is not None:
+            rows = _rows(position)
+            latest[rows] = call.latents[: len(latest[rows])]
         self._density, self._reason = 1.0, "all tokens computed"
 
     def stepped(self, position: Position, latents: torch.Tensor) -> torch.Tensor:
@@ -202,24 +208,25 @@ class TokenCache(Handler):
     def _choice(self, call: Call, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens to compute at this step, the same in all blocks: int64 [B, M]."""
         batch, count = tokens.shape[:2]
-        if (batch, count) not in self._chosen:
+        key = (batch, count, call.position.sample)
+        if key not in self._chosen:
             settings = self.settings
             grid = (call.grid[0], call.grid[1], call.grid[2])
             cell = fitting((1, settings.cell, settings.cell), grid)
             drawn = draw_destinations(grid, cell, seed_of(settings.seed, 0, call.position.step)).to(tokens.device)
             rest = others(drawn, count)
             index = drawn.expand(batch, -1)
-            scores = self._scores(grid, batch)
+            scores = self._scores(grid, batch, call.position)
             if scores is not None:
                 some = choose(scores.to(tokens.device)[:, rest], round(settings.unstable * len(rest)))
                 index = torch.cat([index, rest[some]], 1)
-            self._chosen[batch, count] = index
-        return self._chosen[batch, count]
+            self._chosen[key] = index
+        return self._chosen[key]
 
-    def _scores(self, grid: Grid, batch: int) -> torch.Tensor | None:
+    def _scores(self, grid: Grid, batch: int, position: Position) -> torch.Tensor | None:
         """The momentum of every token [B, V]; batched guidance has all latents several times over."""
         found = momentum(self._points)
-        scores = None if found is None else on_tokens(self._model, found, grid)
+        scores = None if found is None else on_tokens(self._model, found[_rows(position)], grid)
         if scores is None or batch % len(scores):
             return None
         return scores.repeat(batch // len(scores), 1)

@@ -72,6 +72,7 @@ class Picard(SamplingMethod):
     arxiv: ClassVar[str] = "2305.16317"
     axes: ClassVar[str] = "future states in one batch; change of each against its noise; Picard iteration"
     seams: ClassVar[frozenset[str]] = frozenset({"step", "model"})
+    joint: ClassVar[bool] = True
     claims: ClassVar[frozenset[str]] = frozenset(
         {"solver", "guidance", "timesteps", "which steps are reused", "what a layer keeps from step to step"}
     )

@@ -190,6 +190,7 @@ class SADA(SamplingMethod):
     arxiv: ClassVar[str] = "2507.17135"
     axes: ClassVar[str] = "whole steps; stability of the trajectory, then every few steps; x0 extrapolated"
     seams: ClassVar[frozenset[str]] = frozenset({"step", "model"})
+    joint: ClassVar[bool] = True
     claims: ClassVar[frozenset[str]] = frozenset({"solver"})
     citation: ClassVar[str] = """@inproceedings{jiang2025sada,
   title={SADA: Stability-guided Adaptive Diffusion Acceleration},
