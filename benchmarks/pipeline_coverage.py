@@ -9,14 +9,14 @@ forecast at a fixed interval, and restored. Takes some minutes on one core.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 import diffusers
 from model_coverage import pipelines as users_of_classes
 from tiny_pipelines import TINY_PIPELINES
-from tiny_pipelines.check import Ran, check
+from tiny_pipelines.check import Ran, check, samples_apart
 
 COMMAND = "python benchmarks/pipeline_coverage.py --write docs/pipelines.md"
 
@@ -61,12 +61,19 @@ def row(ran: Ran) -> str:
     return f"| {' | '.join((*cells(ran), *shares, said))} |"
 
 
-def document(found: Sequence[Ran]) -> str:
-    """The whole page."""
+def document(found: Sequence[Ran], apart: Mapping[str, bool | None]) -> str:
+    """The whole page.
+
+    Args:
+        found: what each entry did.
+        apart: for each entry, what `samples_apart` says.
+    """
     classes = {ran.tiny.name for ran in found}
     refused = {ran.tiny.name for ran in found if ran.refusal}
     skipped = {ran.tiny.name for ran in found if ran.default < 1}
     missing = uncovered()
+    several = {TINY_PIPELINES[key].name for key, same in apart.items() if same is not None}
+    unlike = sorted(key for key, same in apart.items() if same is False)
     lines = [
         "# Pipelines",
         "",
@@ -80,6 +87,10 @@ def document(found: Sequence[Ran]) -> str:
         "The last numbers are the share of the transformer's calls that was computed. The default recipe decides from",
         f"the features: on these random weights, in so few steps, it skipped something in {len(skipped)} classes;",
         "100% is a run in which it found nothing alike. They say nothing about quality or speed.",
+        "",
+        f"{len(several)} of the classes make two samples a call here, and with `per_sample=True` and nothing skipped",
+        f"they make the same two one by one{', but for ' + ', '.join(unlike) if unlike else ''}; the others make one",
+        "sample from what they are given here.",
         "",
         f"Written by `{COMMAND}`.",
         "",
@@ -102,7 +113,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--write", type=Path, help="file to write; printed by default")
     target = parser.parse_args().write
-    text = document([check(tiny) for tiny in TINY_PIPELINES.values()])
+    apart = {key: samples_apart(tiny) for key, tiny in TINY_PIPELINES.items()}
+    text = document([check(tiny) for tiny in TINY_PIPELINES.values()], apart)
     if target is None:
         print(text, end="")
     else:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 COND_FIRST = ("DiTPipeline", "LuminaPipeline")
 """Pipelines whose batched guidance puts the conditional half first; all others put it last."""
 _ROW_LISTS = ("txt_seq_lens",)  # arguments that are lists of numbers, one a sample
+_BATCH_SECOND = ("encoder_hidden_states_llama3",)  # arguments whose second axis is the batch
 _NOT_BATCHED = ("ids", "rotary", "rope", "freqs", "shape")  # parts of argument names whose first axis is not the batch
 
 
@@ -135,8 +136,8 @@ class Request:
             they began from noise.
         tokens: how many image tokens a sample has in this call, and how many at full resolution; None if it has all.
         grid: frames, rows and columns in which those tokens lie, () if in none; None to read it off the arguments.
-        each: one mapping a sample of a branch, if the samples are to run one by one: arguments that have no batch and yet
-            differ from sample to sample.
+        each: one mapping a sample of a branch, if the samples are to run one by one: arguments that have no batch and
+            yet differ from sample to sample.
     """
 
     position: Position
@@ -223,16 +224,20 @@ class Request:
 
     def _batched(self, wanted: Sequence[int]) -> Self:
         rows = self.latents.shape[0]
+        first = self.parameters[0] if self.parameters else ""
+        listed = isinstance(self.get(first), list)
         together = list(wanted) == list(range(wanted[0], wanted[-1] + 1))
         places = slice(wanted[0], wanted[-1] + 1) if together else list(wanted)
 
         def cut(name: str, value: Any) -> Any:
             if isinstance(value, torch.Tensor):
+                if name in _BATCH_SECOND:
+                    return value[:, places]
                 batched = value.ndim and value.shape[0] == rows and not any(word in name for word in _NOT_BATCHED)
                 return value[places] if batched else value
             if isinstance(value, dict):
                 return {key: cut(key, v) for key, v in value.items()}
-            if isinstance(value, list) and _an_entry_a_row(name, value, rows):
+            if isinstance(value, list) and _an_entry_a_row(name, value, rows, listed):
                 return [value[n] for n in wanted]
             if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
                 return type(value)(cut(name, v) for v in value)
@@ -271,13 +276,19 @@ class Request:
         return latents.new_zeros(shape)
 
 
-def _an_entry_a_row(name: str, value: list[Any], rows: int) -> bool:
-    """Whether a list has an entry for each row of the batch, rather than one a block or a layer, each for all rows."""
+def _an_entry_a_row(name: str, value: list[Any], rows: int, listed: bool) -> bool:
+    """Whether a list has an entry for each row of the batch, rather than one a block or a layer, each for all rows.
+
+    Args:
+        name: of the argument.
+        value: the list.
+        rows: of the batch.
+        listed: the transformer takes its latents as a list, an entry a row; its other tensors then come so too.
+    """
     if len(value) != rows or "rotary" in name:
         return False
-    tensors = [v for v in value if isinstance(v, torch.Tensor)]
-    if tensors:
-        return not all(t.ndim and t.shape[0] == rows for t in tensors)
+    if any(isinstance(v, torch.Tensor) for v in value):
+        return listed
     return name in _ROW_LISTS or all(isinstance(v, (list, tuple)) for v in value)
 
 

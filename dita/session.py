@@ -209,9 +209,7 @@ def model_of(pipe: Any) -> str:
     return fingerprint(next(iter(transformers_of(pipe).values())))
 
 
-def accelerate_pipeline(
-    pipe: P, *methods: str | Method | type[Method], per_sample: bool = False, **options: Any
-) -> P:
+def accelerate_pipeline(pipe: P, *methods: str | Method | type[Method], per_sample: bool = False, **options: Any) -> P:
     """Make a diffusers pipeline faster; its calls stay as they are.
 
     Attaches to this pipeline object only, wholly or not at all. A second call replaces what the first attached.
@@ -229,8 +227,8 @@ def accelerate_pipeline(
         the same pipe.
 
     Raises:
-        DitaError: unknown method or setting, methods that exclude each other or decide for a whole batch where
-            `per_sample` is asked for, or a model without the seam a method needs. The pipeline is then as it was before.
+        DitaError: unknown method or setting, methods that exclude each other, one that decides for a whole batch where
+            `per_sample` is asked for, or a model without the seam a method needs. The pipeline is then as it was.
 
     Example:
         >>> pipe = accelerate_pipeline(pipe, "taylorseer", interval=4)  # doctest: +SKIP

@@ -162,6 +162,34 @@ def test_arguments_by_name_and_place() -> None:
         request.changed(hidden_states=[x]).latents  # noqa: B018
 
 
+def test_rows_are_taken_of_all_that_has_one_a_sample() -> None:
+    """Lists with an entry a sample are cut; those with one a block are cut within, and settings stay."""
+    position = dita.seams.Position(0, 1, 0, "call 0", 0, 1, 0)
+    anatomy = dita.anatomy.describe(TINY["dit"].build().transformer)
+    sizes = [[(1, 2, n)] for n in range(3)]
+    blocks = [torch.arange(3.0), torch.arange(3.0), torch.arange(3.0)]
+    given = {
+        "hidden_states": torch.arange(3.0)[:, None],
+        "img_shapes": sizes,
+        "txt_seq_lens": [4, 5, 6],
+        "skip_layers": [7, 8, 9],
+        "block_controlnet_hidden_states": blocks,
+        "encoder_hidden_states_llama3": torch.arange(6.0).view(2, 3),
+    }
+    request = Request(position, ("all",), tuple(given), (), given, anatomy)
+    for rows in ([1], [2, 0]):
+        taken = request.taken(rows)
+        assert taken.latents.flatten().tolist() == rows
+        assert taken.get("img_shapes") == [sizes[n] for n in rows]
+        assert taken.get("txt_seq_lens") == [4 + n for n in rows]
+        assert taken.get("skip_layers") == [7, 8, 9]
+        assert [b.tolist() for b in taken.get("block_controlnet_hidden_states")] == [rows] * 3
+        assert taken.get("encoder_hidden_states_llama3").tolist() == [rows, [3 + n for n in rows]]
+    listed = {"x": list(torch.ones(3, 3)), "t": torch.arange(3.0), "texts": list(torch.arange(9.0).view(3, 3))}
+    taken = Request(position, ("all",), tuple(listed), (), listed, anatomy).taken([1])
+    assert len(taken.get("x")) == 1 and [t.tolist() for t in taken.get("texts")] == [[3, 4, 5]]
+
+
 @pytest.mark.parametrize(
     ("variables", "branch", "earlier", "rows", "expected"),
     [

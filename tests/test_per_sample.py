@@ -81,19 +81,3 @@ def test_what_decides_for_a_whole_batch_is_refused(method: str) -> None:
     with pytest.raises(DitaError, match="expected True or False"):
         dita.accelerate_pipeline(pipe, "fbcache", per_sample=1)  # pyright: ignore[reportArgumentType]
     assert_same_snapshot(before, snapshot(pipe))
-
-
-def test_lists_with_an_entry_a_sample_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Qwen-Image is told the size of each image and the length of each prompt by lists."""
-    pipe = TINY["qwen"].build()
-    seen: list[tuple[int, int]] = []
-    forward = pipe.transformer.forward
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        seen.append((len(kwargs["hidden_states"]), len(kwargs["img_shapes"])))
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(pipe.transformer, "forward", watched)
-    dita.accelerate_pipeline(pipe, FirstBlockCache.disabled(), per_sample=True)
-    TINY["qwen"].call(pipe, steps=2, batch=3)
-    assert set(seen) == {(1, 1)}

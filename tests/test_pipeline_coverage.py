@@ -47,6 +47,12 @@ def test_the_page_has_a_row_for_every_entry_and_counts_them() -> None:
     assert not SAME or f"exports {len(classes) + len(missing)} pipelines" in PAGE
 
 
+@pytest.mark.parametrize("key", ["FluxControlNetPipeline", "HiDreamImagePipeline", "ZImagePipeline"])
+def test_two_samples_run_one_by_one_as_they_do_together(key: str) -> None:
+    """Residuals of a ControlNet, text whose second axis is the batch, latents in a list."""
+    assert coverage.samples_apart(TINY_PIPELINES[key])
+
+
 def test_pipelines_that_step_copies_of_their_scheduler_are_refused() -> None:
     pipe = TINY_PIPELINES["SkyReelsV2DiffusionForcingPipeline"].build()
     before = dict(vars(pipe.scheduler)), dict(vars(pipe.transformer))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from diffusers.utils import logging
 from tiny_models.sampling import Counted, counting
 
 import dita
-from dita.caching import EasyCache, TaylorSeer
+from dita.caching import EasyCache, FirstBlockCache, TaylorSeer
 from dita.config import Method
 from dita.reporting import RunReport, StepRecord
 from tiny_pipelines.base import TinyPipeline
@@ -58,6 +59,62 @@ def check(tiny: TinyPipeline, deep: bool = True) -> Ran:
             return _check(tiny, deep)
     finally:
         logging.set_verbosity(verbosity)
+
+
+def samples_apart(tiny: TinyPipeline) -> bool | None:
+    """Whether a pipeline that makes two samples a call makes the same ones when they are run one by one.
+
+    Args:
+        tiny: which.
+
+    Returns:
+        None if the pipeline is refused, or makes one sample a call from the inputs of its entry.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _samples_apart(tiny)
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _samples_apart(tiny: TinyPipeline) -> bool | None:
+    pipe = tiny.build()
+    found = _of_two(tiny, pipe)
+    if found is None:
+        return None
+    plain, inputs = found
+    try:
+        dita.accelerate_pipeline(pipe, FirstBlockCache.disabled(), per_sample=True)
+    except dita.DitaError:
+        return None
+    output = tiny.call(pipe, steps=2, **inputs)
+    named = {record.branch.partition("[")[2] for record in dita.report(pipe).last.records}
+    same = output.shape == plain.shape and (output - plain).abs().max() < 1e-3 * plain.abs().max()
+    return bool(same) and named >= {"0]", "1]"}
+
+
+def _of_two(tiny: TinyPipeline, pipe: Any) -> tuple[torch.Tensor, dict[str, Any]] | None:
+    """The plain output of two samples a call, and what asks for them: a number, or every embedding and mask twice."""
+    given, counts = tiny.inputs(), ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+    single = {n: v for n, v in given.items() if isinstance(v, torch.Tensor) and _of_text(n) and len(v) == 1}
+    twice = {name: torch.cat([value, value]) for name, value in single.items()}
+    asked = {name: 2 for name in counts if name in signature(type(pipe).__call__).parameters}
+    count = len(tiny.call(pipe, steps=2))
+    for inputs in filter(None, (asked, twice)):
+        try:
+            plain = tiny.call(pipe, steps=2, **inputs)
+        except (AssertionError, RuntimeError, TypeError, ValueError):
+            continue  # pipelines that do not repeat the masks they are given fail where they join them
+        if len(plain) == 2 * count:
+            return plain, inputs
+    return None
+
+
+def _of_text(name: str) -> bool:
+    return "embed" in name or "attention_mask" in name
 
 
 def _check(tiny: TinyPipeline, deep: bool) -> Ran:
