@@ -92,6 +92,24 @@ def bubbling_union(
     return result
 
 
+@dataclass(frozen=True)
+class SimilarityTable(Table):
+    """For each module "similarity", the cosines of its features at every pair of steps, and "change", a number."""
+
+    noun: ClassVar[str] = "table of similarities"
+    form: ClassVar[Any] = {"similarity": {str: [[float]]}, "change": {str: float}}
+
+    __hash__ = Table.__hash__
+
+    def verify(self) -> None:
+        """See `Table.verify`."""
+        super().verify()
+        wrong = [n for n, rows in self.values["similarity"].items() if {*map(len, rows), len(rows)} != {self.steps}]
+        wrong += sorted(set(self.values["similarity"]) ^ set(self.values["change"]))
+        if wrong:
+            raise ValueError(f"{wrong[0]} is not compared over {self.steps} steps")
+
+
 class ScheduledSites(TablePolicy):
     """Follow a schedule per site.
 
@@ -150,9 +168,10 @@ class BAC(CalibratedMethod):
 
     updates: int = 40
     upstream: int = 3
-    table: Table | None = field(default=None, repr=False)
+    table: SimilarityTable | None = field(default=None, repr=False)
 
     name: ClassVar[str] = "bac"
+    table_kind: ClassVar[type[Table] | None] = SimilarityTable
     title: ClassVar[str] = "Block-wise Adaptive Caching"
     arxiv: ClassVar[str] = "2506.13456"
     confidence: ClassVar[str] = "medium"
@@ -174,7 +193,7 @@ class BAC(CalibratedMethod):
     def recipe(self, anatomy: Anatomy) -> Recipe:
         """Modules, each by its schedule."""
         anatomy.require("module", self.name)
-        table, schedule = Table({}), {}
+        table, schedule = SimilarityTable({}), {}
         if self.updates < 100:
             table = table_for(self.name, self.table, anatomy)
             count = max(1, round(self.updates / 100 * table.steps))
@@ -204,7 +223,7 @@ class BAC(CalibratedMethod):
             normed = features / features.norm(dim=1, keepdim=True).clamp_min(1e-12)
             similarity[name] = (normed @ normed.T).tolist()
             change[name] = torch.cdist(features, features, p=1).mean().item() / length
-        table = sink.table(Table, {"similarity": similarity, "change": change}, pipe)
+        table = sink.table(SimilarityTable, {"similarity": similarity, "change": change}, pipe)
         return replace(self, table=table)
 
     @classmethod

@@ -32,7 +32,7 @@ from dita.config import check_whole
 from dita.errors import DitaError
 from dita.registry import register
 from dita.seams import Call, Features, Site
-from dita.table import Table, nearest_index, table_for
+from dita.table import Table, has_form, nearest_index, table_for
 
 
 def segments(distance: Sequence[Sequence[float]], steps: int, interval: int) -> list[int]:
@@ -99,6 +99,28 @@ class Segmented(TablePolicy):
 
 
 @dataclass(frozen=True)
+class SegmentTable(Table):
+    """The "interval", the "heads" of its segments, and "site, stream" -> for each step a scale and a shift per channel.
+
+    A head has () instead.
+    """
+
+    noun: ClassVar[str] = "schedule of segments"
+    form: ClassVar[Any] = {"interval": int, "heads": [int]}
+
+    __hash__ = Table.__hash__
+
+    def verify(self) -> None:
+        """See `Table.verify`."""
+        super().verify()
+        for name in sorted(set(self.values) - set(self.form)):
+            rows = self.values[name]
+            fitted = [row for row in rows if row] if isinstance(rows, tuple) else [rows]
+            if not rows or not all(has_form(row, ([float], [float])) and len(row[0]) == len(row[1]) for row in fitted):
+                raise ValueError(f"{name} has no scale and shift per channel")
+
+
+@dataclass(frozen=True)
 class Affine(Forecast):
     """The head of the segment, scaled and shifted per channel as fitted for the step.
 
@@ -106,7 +128,7 @@ class Affine(Forecast):
         table: "site, stream" -> for each step a scale and a shift per channel, () for heads.
     """
 
-    table: Table = field(default_factory=lambda: Table({}))
+    table: Table = field(default_factory=lambda: SegmentTable({}))
 
     def forecast(self, history: History, base: Features, site: Site, call: Call) -> Features:
         """See `Forecast.forecast`; the text stream is reused."""
@@ -183,9 +205,10 @@ class CacheQuant(CalibratedMethod):
 
     interval: int = 3
     affine: bool = True
-    table: Table | None = field(default=None, repr=False)
+    table: SegmentTable | None = field(default=None, repr=False)
 
     name: ClassVar[str] = "cachequant"
+    table_kind: ClassVar[type[Table] | None] = SegmentTable
     title: ClassVar[str] = "CacheQuant (cache)"
     arxiv: ClassVar[str] = "2503.01323"
     confidence: ClassVar[str] = "medium"
@@ -204,7 +227,7 @@ class CacheQuant(CalibratedMethod):
 
     def recipe(self, anatomy: Anatomy) -> Recipe:
         """The trunk's residual on the schedule."""
-        table = Table({})
+        table = SegmentTable({})
         if self.interval > 1:
             table = table_for(self.name, self.table, anatomy)
             if table.values["interval"] != self.interval:
@@ -238,7 +261,7 @@ class CacheQuant(CalibratedMethod):
                 known = step != head and step in kept and head in kept
                 rows.append(fit_affine(kept[head], kept[step]) if known else ())
             values[name] = rows
-        return replace(self, table=sink.table(Table, values, pipe))
+        return replace(self, table=sink.table(SegmentTable, values, pipe))
 
     @classmethod
     def disabled(cls) -> CacheQuant:

@@ -227,6 +227,22 @@ def choose(
 
 
 @dataclass(frozen=True)
+class SolverTable(Table):
+    """The solver of each channel: "site, output" -> numbers in the pool."""
+
+    noun: ClassVar[str] = "choice of solvers"
+    form: ClassVar[Any] = {str: [int]}
+
+    __hash__ = Table.__hash__
+
+    def verify(self) -> None:
+        """See `Table.verify`."""
+        super().verify()
+        if any(max(row) >= len(SOLVERS) for row in self.values.values()):
+            raise ValueError(f"there are {len(SOLVERS)} solvers")
+
+
+@dataclass(frozen=True)
 class Hybrid(Forecast):
     """A forecast with a solver per channel.
 
@@ -234,7 +250,7 @@ class Hybrid(Forecast):
         table: "site, output" -> the solver of each channel.
     """
 
-    table: Table = field(default_factory=lambda: Table({}))
+    table: SolverTable = field(default_factory=lambda: SolverTable({}))
 
     @cached_property
     def chosen(self) -> dict[str, torch.Tensor]:
@@ -298,9 +314,10 @@ class HyCa(CalibratedMethod):
     warmup: int = 3
     clusters: int = 3
     criterion: str = "error"
-    table: Table | None = field(default=None, repr=False)
+    table: SolverTable | None = field(default=None, repr=False)
 
     name: ClassVar[str] = "hyca"
+    table_kind: ClassVar[type[Table] | None] = SolverTable
     title: ClassVar[str] = "HyCa"
     arxiv: ClassVar[str] = "2510.04188"
     confidence: ClassVar[str] = "medium"
@@ -325,7 +342,7 @@ class HyCa(CalibratedMethod):
 
     def recipe(self, anatomy: Anatomy) -> Recipe:
         """Fixed interval over modules."""
-        table = Table({}) if self.interval == 1 else table_for(self.name, self.table, anatomy)
+        table = SolverTable({}) if self.interval == 1 else table_for(self.name, self.table, anatomy)
         return Recipe(
             what="module",
             when=lambda: FixedInterval(self.interval, self.warmup),
@@ -360,7 +377,7 @@ class HyCa(CalibratedMethod):
             groups = cluster(describe_channels(features), min(self.clusters, features.shape[-1]))
             solvers = choose(features, groups, cases, self.criterion)
             values[name] = [solvers[g] for g in groups.tolist()]
-        return replace(self, table=sink.table(Table, values, pipe))
+        return replace(self, table=sink.table(SolverTable, values, pipe))
 
     @classmethod
     def disabled(cls) -> HyCa:

@@ -121,6 +121,24 @@ class Increment(Forecast):
         return (kept + moved @ b.T @ a.T,)
 
 
+@dataclass(frozen=True)
+class ChannelTable(Table):
+    """Mean magnitudes of each layer's channels: site name -> those of its output and of its input."""
+
+    noun: ClassVar[str] = "table of channels' magnitudes"
+    form: ClassVar[Any] = {str: ([float], [float])}
+
+    __hash__ = Table.__hash__
+
+    def check_widths(self, anatomy: Anatomy) -> None:
+        """Raise `DitaError` unless the layers have as many channels."""
+        for part in anatomy.linears:
+            weight: Any = part.module.weight
+            widths, wanted = self.values.get(part.site.name), tuple(weight.shape)
+            if widths is not None and tuple(map(len, widths)) != wanted:
+                raise DitaError(f"this {self.noun} has not {wanted} channels for {part.site.name}: calibrate again")
+
+
 class _Recorder(Recorder):
     """Sums magnitudes of inputs and outputs, or of their changes."""
 
@@ -168,9 +186,10 @@ class ICC(CalibratedMethod):
     interval: int = 2
     rank: int = 128
     aware: str = "activation"
-    table: Table | None = field(default=None, repr=False)
+    table: ChannelTable | None = field(default=None, repr=False)
 
     name: ClassVar[str] = "icc"
+    table_kind: ClassVar[type[Table] | None] = ChannelTable
     title: ClassVar[str] = "Increment-calibrated caching"
     arxiv: ClassVar[str] = "2505.05829"
     confidence: ClassVar[str] = "medium"
@@ -198,9 +217,10 @@ class ICC(CalibratedMethod):
         anatomy.require("module", self.name)
         if not anatomy.linears:
             raise DitaError(f"icc found no linear layer in the attention and MLP modules of {anatomy.name}")
-        table = Table({})
+        table = ChannelTable({})
         if self.interval > 1 and self.aware != "none":
             table = table_for(self.name, self.table, anatomy)
+            table.check_widths(anatomy)
         layers = {part.site.name: part.module for part in anatomy.linears}
         return Recipe(
             what="module",
@@ -222,7 +242,7 @@ class ICC(CalibratedMethod):
 
         sink = measure(pipe, call, build)
         values = {name: [row.tolist() for row in sums] for name, sums in sink.seen.items()}
-        return replace(self, table=sink.table(Table, values, pipe))
+        return replace(self, table=sink.table(ChannelTable, values, pipe))
 
     @classmethod
     def disabled(cls) -> ICC:

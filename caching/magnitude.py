@@ -30,6 +30,7 @@ class MagnitudeTable(Table):
     """
 
     noun: ClassVar[str] = "table of magnitude ratios"
+    form: ClassVar[Any] = {str: [float]}
 
     __hash__ = Table.__hash__
 

@@ -35,7 +35,7 @@ from dita.caching.table import CalibratedMethod, Measurement, Recorder, TablePol
 from dita.config import check_number
 from dita.registry import register
 from dita.seams import Features, Site
-from dita.table import Table, table_for
+from dita.table import Table, has_form, table_for
 
 _DEGREE = 4
 _PUBLISHED = {
@@ -56,6 +56,7 @@ class Rescaling(Table):
     """
 
     noun: ClassVar[str] = "rescaling polynomial"
+    form: ClassVar[Any] = {"coefficients": [float]}
 
     __hash__ = Table.__hash__
 
@@ -63,6 +64,13 @@ class Rescaling(Table):
     def published(cls, family: str) -> Rescaling | None:
         """The authors' polynomial for a model family, or None."""
         return cls({"coefficients": _PUBLISHED[family], "range": ()}) if family in _PUBLISHED else None
+
+    def verify(self) -> None:
+        """See `Table.verify`."""
+        super().verify()
+        limits = self.values["range"]
+        if limits and not (has_form(limits, (float, float)) and limits[0] <= limits[1]):
+            raise ValueError(f"a range of {limits!r}")
 
     def __call__(self, change: torch.Tensor) -> torch.Tensor:
         """Evaluate, elementwise.

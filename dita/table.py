@@ -50,6 +50,8 @@ class Table:
 
     noun: ClassVar[str] = "calibration"
     """What the numbers are, for messages."""
+    form: ClassVar[Any] = None
+    """What `values` look like, see `has_form`; None for what the method itself checks."""
 
     def __hash__(self) -> int:
         return hash(json.dumps(self.to_dict(), sort_keys=True))
@@ -77,9 +79,20 @@ class Table:
             whole = all(isinstance(number, int) and 0 <= number < 2**20 for number in (*shape, steps))
             if not isinstance(model, str) or not isinstance(scheduler, str) or not whole:
                 raise ValueError(f"measured on {model!r}, {scheduler!r}, {shape!r}, {steps!r}")
-            return cls(values, model, scheduler, tuple(shape), steps)
+            table = cls(values, model, scheduler, tuple(shape), steps)
+            table.verify()
+            return table
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise DitaError(f"not a table of {cls.noun} ({error!r}); dita.calibrate writes one") from None
+
+    def verify(self) -> None:
+        """Look whether the numbers are laid out as the method reads them.
+
+        Raises:
+            ValueError: they are not.
+        """
+        if self.form is not None and not has_form(self.values, self.form):
+            raise ValueError("its numbers are not laid out like that")
 
     def differences(self, view: Conditions) -> list[str]:
         """In what the run at hand differs from the one that was measured, in words."""
@@ -131,6 +144,35 @@ def table_for(method: str, table: T | None, anatomy: Anatomy) -> T:
     if table.model and table.model != model:
         raise DitaError(f"this {table.noun} was measured on {table.model}, not on {model}: calibrate again")
     return table
+
+
+def has_form(value: Any, form: Any) -> bool:
+    """Whether nested numbers are laid out in a certain way.
+
+    Args:
+        value: numbers, tuples and mappings.
+        form: `float` for a number; `int` for a whole one, not below 0; `[form]` for one or more of a form;
+            `(form, form)` for as many as stand there; `{str: form}` for one or more by any name; `{"name": form}` for
+            these names and perhaps others.
+
+    Example:
+        >>> has_form({"a": (1.0, 2.0)}, {str: [float]}), has_form({"a": (1.0, 2.0)}, {"a": (int, int)})
+        (True, False)
+    """
+    if isinstance(form, dict):
+        if not isinstance(value, Mapping):
+            return False
+        if str in form:
+            return bool(value) and all(has_form(entry, form[str]) for entry in value.values())
+        return all(name in value and has_form(value[name], entry) for name, entry in form.items())
+    if isinstance(form, list):
+        return isinstance(value, tuple) and bool(value) and all(has_form(entry, form[0]) for entry in value)
+    if isinstance(form, tuple):
+        alike = isinstance(value, tuple) and len(value) == len(form)
+        return alike and all(map(has_form, value, form))
+    if form is int:
+        return isinstance(value, int) and value >= 0
+    return isinstance(value, (int, float))
 
 
 def plain(value: Any) -> Any:

@@ -85,7 +85,7 @@ def test_files_of_any_kind_are_refused(kind: str, tmp_path: Path) -> None:
             KINDS[kind](path)
             with pytest.raises(DitaError) as caught:
                 if name:
-                    dita.accelerate_pipeline(pipe, name, **{setting: str(path)})
+                    dita.accelerate_pipeline(pipe, name, **{setting: str(path)})  # pyright: ignore[reportArgumentType]
                 else:
                     dita.load_method(path)
             assert path.name in str(caught.value) or "expected JSON" in str(caught.value)
@@ -142,6 +142,12 @@ def test_damaged_tables_are_refused(name: str) -> None:
     foreign = {**data, "settings": {**data["settings"], "table": {**table, "model": "Other:0123456789ab"}}}
     pipe = build(TINY)
     before = snapshot(pipe)
+    odd = [spoiled(table["values"], by) for by in ("x", {"a": 1.0})]
+    for values in (*odd, dict.fromkeys(table["values"], "x")):
+        text = json.dumps({**data, "settings": {**data["settings"], "table": {**table, "values": values}}})
+        with pytest.raises(DitaError):
+            dita.accelerate_pipeline(pipe, Method.from_json(text))
+        assert_same_snapshot(before, snapshot(pipe))
     with pytest.raises(DitaError, match="Other:0123456789ab"):
         dita.accelerate_pipeline(pipe, Method.from_json(json.dumps(foreign)))
     assert_same_snapshot(before, snapshot(pipe))

@@ -58,6 +58,7 @@ class TierTable(Table):
     """
 
     noun: ClassVar[str] = "table of redundancy"
+    form: ClassVar[Any] = {"q": [[int]], "kv": [[int]]}
 
     __hash__ = Table.__hash__
 

@@ -13,7 +13,7 @@ from dita.loop import Run
 from dita.schedulers.guidance.moment import Moment, refuse_stream
 from dita.schedulers.guidance.policy import GuidancePolicy
 from dita.seams import Position
-from dita.table import Conditions, Table
+from dita.table import Conditions, Table, has_form
 
 Row = tuple[tuple[float, ...], tuple[float, ...]]
 _CHUNK = 2**16
@@ -53,6 +53,14 @@ class LinearWeights(Table):
     noun: ClassVar[str] = "fit of weights"
 
     __hash__ = Table.__hash__
+
+    def verify(self) -> None:
+        """See `Table.verify`."""
+        for stage in sorted(set(self.values) - {"interval", "scale"}):
+            for index, row in enumerate(self.values[stage]):
+                weights = (index + 1, index)
+                if row and not has_form(row, tuple((float,) * count for count in weights)):
+                    raise ValueError(f"step {index} has not {weights[0]} and {weights[1]} weights")
 
     def row(self, position: Position) -> Row | None:
         """The weights of a step; None where there are none, or they were fitted to another number of steps."""

@@ -44,6 +44,7 @@ class CoefficientTable(RunTable):
     """The coefficients: `values` holds "c0" and "decay" and, after a search, the "error" with and "plain" without."""
 
     noun: ClassVar[str] = "search for coefficients"
+    form: ClassVar[Any] = {"c0": float, "decay": float}
 
 
 class Combining(Loop):

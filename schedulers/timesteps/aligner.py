@@ -38,6 +38,13 @@ class OffsetTable(RunTable):
     """By how much each step's timestep is moved, on the scale of the transformer's argument: `values["offset"]`."""
 
     noun: ClassVar[str] = "alignment of timesteps"
+    form: ClassVar[Any] = {"offset": [float]}
+
+    def verify(self) -> None:
+        """See `Table.verify`."""
+        super().verify()
+        if len(self.values["offset"]) != self.steps:
+            raise ValueError(f"{len(self.values['offset'])} timesteps of {self.steps}")
 
 
 class Aligning(Loop):

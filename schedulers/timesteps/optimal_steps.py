@@ -36,7 +36,7 @@ from dita.schedulers.timesteps.running import ListedLoop, RunTable
 from dita.schedulers.timesteps.schedule import Points, check_scheduler
 from dita.schedulers.timesteps.tracing import trace
 from dita.seams import Position
-from dita.table import Table, table_for
+from dita.table import Table, has_form, table_for
 
 
 class ChoiceTable(RunTable):
@@ -46,6 +46,16 @@ class ChoiceTable(RunTable):
     """
 
     noun: ClassVar[str] = "choice of timesteps"
+    form: ClassVar[Any] = {"timesteps": [float], "chosen": {str: [int]}}
+
+    def verify(self) -> None:
+        """See `Table.verify`."""
+        super().verify()
+        count, sigmas = len(self.values["timesteps"]), self.values["sigmas"]
+        if sigmas and not has_form(sigmas, (float,) * count):
+            raise ValueError(f"{count} timesteps, but noise levels {sigmas!r}")
+        if any(max(indices) >= count for indices in self.values["chosen"].values()):
+            raise ValueError(f"there are {count} timesteps to choose from")
 
     def points(self, steps: int) -> Points | None:
         """The timesteps to run in so many steps; all of the fine run for its own number, None where none were chosen.
