@@ -148,7 +148,8 @@ def observe(
             trajectories += 1
         steps = [s for run in watcher.seconds for s in run]
         whole.append(float(np.median(steps)) if steps else taken)
-        rest.append(max(0.0, taken - len(first.times) * whole[-1]))
+        # Against the mean: where other work slows some steps down, that is no time outside of them.
+        rest.append(max(0.0, taken - len(first.times) * float(np.mean(steps)) if steps else 0.0))
         advance()
     assert gram is not None
     if len(first.times) < 3:
