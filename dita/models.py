@@ -143,6 +143,10 @@ REFUSED_PIPELINES: dict[str, str] = dict.fromkeys(
     ),
     "it steps every frame with a copy of the scheduler of its own, so that frames may stand at different timesteps and "
     "no step belongs to a call of the transformer",
+) | dict.fromkeys(
+    ("StableUnCLIPPipeline", "UnCLIPPipeline"),
+    "its transformer makes an embedding in a loop of its own, with the scheduler named prior_scheduler; the loop that "
+    "makes the image has a UNet",
 )
 """Pipelines that cannot be followed, and why."""
 

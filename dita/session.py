@@ -173,15 +173,15 @@ def transformers_of(pipe: Any) -> dict[str, nn.Module]:
         DitaError: not a diffusers pipeline with a scheduler, one whose loop cannot be followed, or its denoiser is no
             transformer.
     """
+    refused = [REFUSED_PIPELINES[cls.__name__] for cls in type(pipe).__mro__ if cls.__name__ in REFUSED_PIPELINES]
+    if refused:
+        raise DitaError(f"{type(pipe).__name__} cannot be accelerated: {refused[0]}")
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict) or not hasattr(pipe, "scheduler"):
         raise DitaError(
             f"expected a diffusers pipeline with components and a scheduler, got {type(pipe).__name__}; "
             "load one with DiffusionPipeline.from_pretrained"
         )
-    refused = [REFUSED_PIPELINES[cls.__name__] for cls in type(pipe).__mro__ if cls.__name__ in REFUSED_PIPELINES]
-    if refused:
-        raise DitaError(f"{type(pipe).__name__} cannot be accelerated: {refused[0]}")
     named = {n: c for n, c in components.items() if "transformer" in n.split("_") and isinstance(c, nn.Module)}
     found = dict(sorted(named.items(), key=lambda item: not item[0].startswith("transformer")))
     if not found:  # priors of embeddings and decoders of spectrograms denoise too

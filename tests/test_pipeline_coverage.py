@@ -63,6 +63,13 @@ def test_pipelines_that_step_copies_of_their_scheduler_are_refused() -> None:
     assert (dict(vars(pipe.scheduler)), dict(vars(pipe.transformer))) == before
 
 
+@pytest.mark.parametrize("name", ["StableUnCLIPPipeline", "UnCLIPPipeline"])
+def test_priors_with_a_scheduler_of_their_own_are_refused(name: str) -> None:
+    kind = type(name, (getattr(diffusers, name),), {"__init__": lambda self: None})
+    with pytest.raises(dita.DitaError, match="the scheduler named prior_scheduler"):
+        dita.accelerate_pipeline(kind())
+
+
 def test_a_step_that_is_taken_back_counts_once() -> None:
     """As Cosmos does to learn the clean sample."""
     scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler()
