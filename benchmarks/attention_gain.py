@@ -6,13 +6,14 @@ First a gate: a run with the method taken off again must be the plain run bit fo
 close to it as `--psnr` asks. Then plain and sparse runs of the same seeds in turn. The time of attention is that of the
 self-attention modules without the modules inside of them (projections and norms): rotary positions, reordering and the
 choice of blocks count as attention. Two ratios are printed for it: over whole runs, in which the first steps and layers
-are dense, and over those calls alone that were sparse. Medians of all rounds; with the process clock and one thread,
-other work on the machine counts little.
+are dense, and over those calls alone that were sparse. A policy that needs it is calibrated first, on another seed and
+other prompts. Medians of all rounds; with the process clock and one thread, other work on the machine counts little.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -153,6 +154,9 @@ def main() -> None:
             task.prompts(asked.samples, 0), {**task.call, **asked.call},
         )  # fmt: skip
         method = registry.resolve(asked.method, **asked.settings)
+        if method.needs_calibration:
+            other = dataclasses.replace(sampling, seed=1, prompts=task.prompts(asked.samples, 1))
+            method = dita.calibrate(pipe, method, lambda pipe: draw(pipe, other, range(asked.samples)))
         found = measure(pipe, sampling, method, asked.psnr, asked.rounds, CLOCKS[asked.clock])
         about = {"model": asked.model, "method": asked.method, "setting": method.label(), "steps": sampling.steps}
         about |= {"clock": asked.clock, "threads": asked.threads, "device": device_name(pipe.device)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-_ELEMENTS = 2**22  # of the attention map that are held at a time
+_ELEMENTS = 2**21  # of the attention map that are held at a time
 
 
 def block_mass(
@@ -36,15 +36,16 @@ def block_mass(
     """
     batch, heads, rows, size, _ = queries.shape
     columns, width = keys.shape[2:4]
-    keys = keys.float().flatten(2, 3).repeat_interleave(heads // keys.shape[1], 1).transpose(-2, -1)
-    unseen = ~present_k.expand(*present_k.shape[:2], columns, width).flatten(2)[:, :, None]
+    keys = keys.float().flatten(2, 3).repeat_interleave(heads // keys.shape[1], 1)
     # A query that sees no key has -inf; its weights are 0 whatever is taken off.
     lse = lse.masked_fill(~present_q | lse.isneginf(), torch.inf)
+    # A column of ones takes the log-sum-exp off within the product.
+    keys = torch.cat([keys, torch.ones_like(keys[..., :1])], -1).flatten(0, 1).mT
+    queries = torch.cat([queries.float() * scale, -lse[..., None]], -1).flatten(0, 1)
     step = max(1, _ELEMENTS // (batch * heads * size * columns * width))
     pieces = []
     for first in range(0, rows, step):
-        some = slice(first, min(first + step, rows))
-        logits = queries[:, :, some].float().flatten(2, 3) * scale @ keys
-        weights = (logits - lse[:, :, some].flatten(2)[..., None]).exp_().masked_fill_(unseen, 0)
-        pieces.append(weights.view(batch, heads, -1, size, columns, width).sum((3, 5)))
-    return torch.cat(pieces, 2)
+        weights = (queries[:, first : first + step].flatten(1, 2) @ keys).exp_()
+        pieces.append(weights.unflatten(1, (-1, size)).sum(2))
+    sums = torch.cat(pieces, 1).view(batch, heads, rows, columns, width)
+    return sums.masked_fill_(~present_k[:, :, None], 0).sum(-1)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dita.errors import DitaError
-from dita.kernels.plan import BlockPlan, block_count
+from dita.kernels.plan import BlockPlan, block_count, present
 
 _GATHERED_BYTES = 2**21  # keys and values at a time: about what stays in a core's second-level cache
 _MAX_SHAPES = 64  # compiled forms of FlexAttention; torch's own limit is 8, after which it silently runs uncompiled
@@ -60,17 +60,18 @@ def gather_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Copy the kept keys of some query blocks side by side and attend to them, a cache's worth at a time.
 
-    Query blocks that see equally many keys go together, so that nothing is padded or masked.
+    Only tokens that count are copied, so that nothing is padded or masked. Query blocks that see the same keys are
+    one, and those of equally many queries and keys go together.
 
     Args:
         q: [B, H, N, D].
         k, v: [B, Hk, M, D].
         plan: its counts and indices, over these tokens in this order.
         scale: of the logits.
-        key_valid: bool, broadcast to [B, H, M]; None if all keys count.
+        key_valid: bool, broadcast to [B, Hk, M]; None if all keys count.
 
     Returns:
-        output [B, H, N, D] and log-sum-exp, float32 [B, H, N].
+        output [B, H, N, D] and log-sum-exp, float32 [B, H, N]; 0 and -inf at empty places.
 
     Example:
         >>> q = torch.randn(1, 1, 4, 8)
@@ -80,65 +81,63 @@ def gather_attention(
     """
     (batch, heads, tokens, width), key_heads, keys = q.shape, k.shape[1], k.shape[2]
     rows, columns = block_count(tokens, plan.block_q), block_count(keys, plan.block_k)
-    short = columns * plan.block_k - keys
-    queries = _blocks(q, plan.block_q).reshape(batch * heads * rows, 1, plan.block_q, width)
-    kept_keys, kept_values = (_blocks(x, plan.block_k).flatten(2) for x in (k, v))
-    kept_keys, kept_values = kept_keys.flatten(0, 1), kept_values.flatten(0, 1)
-    valid = None
+    queries, sources = q.reshape(-1, width), tuple(x.reshape(-1, width) for x in (k, v))
+    valid = torch.ones(1, 1, keys, dtype=torch.bool) if key_valid is None else key_valid
+    valid = valid.expand(batch, key_heads, keys)
     if key_valid is not None:
-        whole = torch.nn.functional.pad(key_valid.expand(batch, heads, keys), (0, short))
-        valid = whole.reshape(batch * heads * columns, plan.block_k)
-    counts = plan.counts.expand(batch, heads, rows).reshape(-1)
-    indices = plan.indices.expand(batch, heads, rows, -1).reshape(len(counts), -1).long()
-    last = indices.gather(1, (counts.long() - 1).clamp_min(0)[:, None])[:, 0]
-    codes = 2 * counts + ((last == columns - 1) & (counts > 0) if short else 0)
-    order = None
-    if bool((codes != codes[0]).any()):
-        # Rows of one length side by side, so that they are read and written without looking each one up.
-        order = codes.argsort(stable=True)
-        codes, indices, queries = codes[order], indices[order], queries[order]
-    place = torch.arange(len(counts)) if order is None else order
-    mine = place // rows  # batch item and query head of each row
-    owner = mine // heads * key_heads + mine % heads // (heads // key_heads)  # the key head that serves it
-    outs, sums, start = [], [], 0
-    for code, number in zip(*(x.tolist() for x in codes.unique_consecutive(return_counts=True)), strict=True):
-        count, ragged = divmod(code, 2)
-        stop = start + number
-        if not count:
-            outs.append(queries.new_zeros(number, 1, plan.block_q, width))
-            sums.append(torch.full((number, 1, plan.block_q), -math.inf))
-            start = stop
+        counted = valid.flatten().nonzero()[:, 0]
+        sources = tuple(x.index_select(0, counted) for x in sources)
+    # Of every block of keys, and of one more without any, where they begin in the sources and how many there are.
+    held = torch.nn.functional.pad(valid, (0, columns * plan.block_k - keys)).unflatten(-1, (columns, plan.block_k))
+    held = held.sum(-1).flatten(0, 1)
+    begin = (held.flatten().cumsum(0) - held.flatten()).view_as(held)
+    held, begin = (torch.nn.functional.pad(x, (0, 1)) for x in (held, begin))
+    # Of every block of queries, the same; an empty place before its last query is computed for nothing.
+    asked = present(plan.order_q, tokens, plan.block_q) * torch.arange(1, plan.block_q + 1)
+    asked = asked.amax(-1).expand(batch, heads, rows).flatten()
+    head = torch.arange(batch * heads).repeat_interleave(rows)
+    first = head * tokens + (torch.arange(rows) * plan.block_q).repeat(batch * heads)
+
+    owner = head // heads * key_heads + head % heads // (heads // key_heads)  # the key head that serves it
+    unread = torch.arange(plan.indices.shape[-1]) >= plan.counts[..., None]
+    lists = plan.indices.long().masked_fill(unread, columns).expand(batch, heads, rows, -1).flatten(0, 2)
+    lists, group = torch.cat([owner[:, None], lists], 1).unique(dim=0, return_inverse=True)
+    owner, lists = lists[:, :1], lists[:, 1:]
+    begin, held = begin[owner, lists], held[owner, lists]
+    seen = held.sum(1)
+    code = seen * (len(queries) + 1) + torch.zeros_like(seen).index_add_(0, group, asked)
+    row = (code[group] * len(code) + group).argsort(stable=True)
+    places, order = _spans(first[row], asked[row]), code.argsort(stable=True)
+    trains = any(x.requires_grad for x in (q, k, v))
+    out, lse = torch.zeros_like(queries), torch.full(queries.shape[:1], -math.inf)
+    for kind, number in zip(*(x.tolist() for x in code[order].unique_consecutive(return_counts=True)), strict=True):
+        length, asking = divmod(kind, len(queries) + 1)
+        some, order = order.tensor_split([number])
+        mine, places = places.tensor_split([number * asking])
+        if not length or not asking:
             continue
-        seen = count * plan.block_k - (short if ragged else 0)
-        size = max(1, _GATHERED_BYTES // (2 * count * plan.block_k * width * k.element_size()))
-        for first in range(start, stop, size):
-            some = slice(first, min(first + size, stop))
-            chosen = indices[some, :count]
-            blocks = (owner[some, None] * columns + chosen).flatten()
-            shape = (len(chosen), 1, count * plan.block_k, width)
-            one = kept_keys.index_select(0, blocks).view(shape)[:, :, :seen]
-            two = kept_values.index_select(0, blocks).view(shape)[:, :, :seen]
-            mask = None
-            if valid is not None:
-                blocks = (mine[some, None] * columns + chosen).flatten()
-                mask = valid.index_select(0, blocks).view(len(chosen), 1, 1, -1)[..., :seen]
-            out, lse = flash_with_lse(queries[some], one, two, scale, mask)
-            outs.append(out)
-            sums.append(lse)
-        start = stop
-    out, lse = torch.cat(outs), torch.cat(sums)
-    if order is not None:
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-        out, lse = out[back], lse[back]
-    out = out.view(batch, heads, rows * plan.block_q, width)[:, :, :tokens]
-    return out, lse.view(batch, heads, rows * plan.block_q)[:, :, :tokens]
+        size = max(1, _GATHERED_BYTES // ((2 * length + asking) * width * k.element_size()))
+        # Written over and over: memory that is new each time costs more than the copy. A gradient needs it all.
+        buffers = [x.new_empty(0 if trains else min(size, number) * length, width) for x in sources]
+        for chosen, asks in zip(some.split(size), mine.split(size * asking), strict=True):
+            wanted = _spans(begin[chosen].flatten(), held[chosen].flatten())
+            one, two = (
+                torch.index_select(x, 0, wanted, out=None if trains else buffer[: len(wanted)]).view(
+                    len(chosen), 1, length, width
+                )
+                for x, buffer in zip(sources, buffers, strict=True)
+            )
+            three = queries.index_select(0, asks).view(len(chosen), 1, asking, width)
+            answer, sums = flash_with_lse(three, one, two, scale)
+            out.index_copy_(0, asks, answer.reshape(-1, width))
+            lse.index_copy_(0, asks, sums.flatten())
+    return out.view(q.shape), lse.view(q.shape[:3])
 
 
-def _blocks(x: torch.Tensor, size: int) -> torch.Tensor:
-    """[B, H, N, D] cut into [B H, T, size, D]; a short last block ends in zeros."""
-    missing = -x.shape[2] % size
-    x = torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
-    return x.reshape(x.shape[0] * x.shape[1], -1, size, x.shape[3])
+def _spans(first: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """So many whole numbers from the first of each on, one span behind the other: int64 [sum of lengths]."""
+    ends = lengths.cumsum(0)
+    return torch.arange(int(ends[-1])) + (first - ends + lengths).repeat_interleave(lengths)
 
 
 def flex_attention(

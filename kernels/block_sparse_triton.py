@@ -128,6 +128,34 @@ def attend(
 
 
 @triton.jit
+def program_rows(order, blocks, heads, block_q: tl.constexpr, tile_q: tl.constexpr, balanced: tl.constexpr):
+    """Which block of queries of which head and batch item a program computes, and its first query."""
+    tiles: tl.constexpr = block_q // tile_q
+    row = tl.program_id(0) // tiles
+    if balanced:
+        row = tl.load(order + row)
+    block = row % blocks
+    head = (row // blocks) % heads
+    batch = (row // blocks // heads).to(tl.int64)
+    return block, head, batch, block * block_q + (tl.program_id(0) % tiles) * tile_q
+
+
+@triton.jit
+def key_tiles(indices, count, keys, block_k: tl.constexpr, tile_k: tl.constexpr, even: tl.constexpr):
+    """Whole tiles of keys in a row's list; the first key of its last block, if that is short, and how many it holds."""
+    inner: tl.constexpr = block_k // tile_k
+    full = count * inner
+    last = 0
+    tail = 0
+    if not even:
+        last = tl.load(indices + count - 1, mask=count > 0, other=0) * block_k
+        short = (count > 0) & (last + block_k > keys)
+        full -= tl.where(short, inner, 0)
+        tail = tl.where(short, keys - last, 0)
+    return full, last, tail
+
+
+@triton.jit
 def block_sparse_kernel(
     q, k, v, valid, counts, indices, order, out, lse,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
@@ -142,15 +170,7 @@ def block_sparse_kernel(
 
     Strides of q, k, v and out count `unit` elements. `even`: no key block is short.
     """
-    tiles: tl.constexpr = block_q // tile_q
-    inner: tl.constexpr = block_k // tile_k
-    row = tl.program_id(0) // tiles
-    if balanced:
-        row = tl.load(order + row)
-    block = row % blocks
-    head = (row // blocks) % heads
-    batch = (row // blocks // heads).to(tl.int64)
-    start = block * block_q + (tl.program_id(0) % tiles) * tile_q
+    block, head, batch, start = program_rows(order, blocks, heads, block_q, tile_q, balanced)
     wide = head.to(tl.int64)
 
     q_row, k_row, v_row, out_row = q_row * unit, k_row * unit, v_row * unit, out_row * unit
@@ -177,13 +197,7 @@ def block_sparse_kernel(
     top = tl.full([tile_q], float("-inf"), tl.float32)
     total = tl.zeros([tile_q], tl.float32)
 
-    full = count * inner
-    if not even:
-        # The last block, if it is short, and as many of its tiles as hold keys.
-        last = tl.load(indices + count - 1, mask=count > 0, other=0)
-        short = (count > 0) & ((last + 1) * block_k > keys)
-        full -= tl.where(short, inner, 0)
-        tail = tl.where(short, keys - last * block_k, 0)
+    full, last, tail = key_tiles(indices, count, keys, block_k, tile_k, even)
     # Read one tile ahead: a load whose address is loaded in the same turn costs the pipeline a stage.
     upcoming = tile_start(indices, 0, full, block_k, tile_k)
     for j in range(full):
@@ -197,7 +211,7 @@ def block_sparse_kernel(
         short_k: tl.constexpr = min(tile_k, 32)
         for done in tl.range(0, tail, short_k, num_stages=1):
             acc1, acc2, top, total = attend(
-                q1, q2, acc1, acc2, top, total, k, v, valid, last * block_k + done, keys, k_row, v_row, scale,
+                q1, q2, acc1, acc2, top, total, k, v, valid, last + done, keys, k_row, v_row, scale,
                 d1, d2, head_dim, short_k, True, has_valid, precision, upcast,
             )  # fmt: skip
 
@@ -272,6 +286,27 @@ def unit_of(*tensors: torch.Tensor) -> int:
     return 8 if all(stride % 8 == 0 for x in tensors for stride in x.stride()[:-1]) else 1
 
 
+def scaled(q: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, float]:
+    """Queries and a scale above 0, as kernels need that take the maximum before they scale.
+
+    Example:
+        >>> scaled(torch.ones(1, 1, 1, 4), None)[1], scaled(torch.ones(1, 1, 1, 1), -2.0)
+        (0.5, (tensor([[[[-2.]]]]), 1.0))
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return (q, scale) if scale > 0 else (q * scale, 1.0)
+
+
+def answers(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where output and log-sum-exp go; the output in q's memory order: a view of [B, N, H, D] gives such a view.
+
+    Example:
+        >>> answers(torch.zeros(2, 9, 4, 8).transpose(1, 2))[0].stride()
+        (288, 8, 32, 1)
+    """
+    return torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+
+
 def check_launch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, counts: torch.Tensor, indices: torch.Tensor, block_q: int
 ) -> None:
@@ -335,14 +370,10 @@ def triton_block_sparse(
     keys = k.shape[2]
     config = config or choose_config(q, k, indices, block_q, block_k)
     check_tiles(config, block_q, block_k)
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    if scale <= 0:
-        q, scale = q * scale, 1.0  # the kernel takes the maximum before it scales
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    counts, indices = counts.contiguous(), indices if indices.stride(-1) == 1 else indices.contiguous()
-    # In q's memory order: a view of [B, N, H, D] gives such a view.
-    out = torch.empty_like(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    q, scale = scaled(q, scale)
+    q, k, v, indices = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, indices))
+    counts = counts.contiguous()
+    out, lse = answers(q)
     blocks = counts.shape[-1]
     if not out.numel():
         return out, lse

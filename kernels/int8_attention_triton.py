@@ -11,7 +11,6 @@ in fresh registers (`max_num_imprecise_acc`), whose 14 bits would not do for a w
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -23,10 +22,14 @@ from dita.kernels.block_sparse_configs import Config, check_tiles, fitted, split
 from dita.kernels.block_sparse_triton import (
     INTERPRETED,
     LOG2_E,
+    answers,
     check_launch,
     counted,
     heavy_first,
+    key_tiles,
     load_tile,
+    program_rows,
+    scaled,
     shared_strides,
     soften,
     tile_start,
@@ -154,16 +157,8 @@ def int8_kernel(
 
     Values are float16 with strides in units of `unit` elements, or fp8 [B, Hk, D, M'] with v_row = M'.
     """
-    tiles: tl.constexpr = block_q // tile_q
-    inner: tl.constexpr = block_k // tile_k
     padded: tl.constexpr = p1 + p2
-    row = tl.program_id(0) // tiles
-    if balanced:
-        row = tl.load(order + row)
-    block = row % blocks
-    head = (row // blocks) % heads
-    batch = (row // blocks // heads).to(tl.int64)
-    start = block * block_q + (tl.program_id(0) % tiles) * tile_q
+    block, head, batch, start = program_rows(order, blocks, heads, block_q, tile_q, balanced)
     wide = head.to(tl.int64)
     line = batch * heads + wide
     key_line = batch * (heads // group) + wide // group
@@ -190,13 +185,7 @@ def int8_kernel(
     top = tl.full([tile_q], float("-inf"), tl.float32)
     total = tl.zeros([tile_q], tl.float32)
 
-    full = count * inner
-    if not even:
-        # The last block, if it is short, and as many of its tiles as hold keys.
-        last = tl.load(indices + count - 1, mask=count > 0, other=0)
-        short = (count > 0) & ((last + 1) * block_k > keys)
-        full -= tl.where(short, inner, 0)
-        tail = tl.where(short, keys - last * block_k, 0)
+    full, last, tail = key_tiles(indices, count, keys, block_k, tile_k, even)
     upcoming = tile_start(indices, 0, full, block_k, tile_k)
     for j in range(full):
         first = upcoming
@@ -208,7 +197,7 @@ def int8_kernel(
     if not even:
         for done in tl.range(0, tail, tile_k, num_stages=1):
             acc1, acc2, top, total = attend_int8(
-                q1, q2, acc1, acc2, top, total, factor, k, scale_k, v, valid, last * block_k + done, keys, v_row,
+                q1, q2, acc1, acc2, top, total, factor, k, scale_k, v, valid, last + done, keys, v_row,
                 p1, p2, d1, d2, head_dim, tile_k, True, has_valid, fp8, interpreted,
             )  # fmt: skip
 
@@ -318,13 +307,10 @@ def triton_int8_attention(
     check_tiles(config, block_q, block_k)
     if fp8 and config.tile_k < 32:
         raise DitaError(f"fp8 values need blocks of keys that are multiples of 32, got {block_k}")
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    if scale <= 0:
-        q, scale = q * scale, 1.0
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    counts, indices = counts.contiguous(), indices if indices.stride(-1) == 1 else indices.contiguous()
-    out = torch.empty_like(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    q, scale = scaled(q, scale)
+    q, k, v, indices = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, indices))
+    counts = counts.contiguous()
+    out, lse = answers(q)
     if not out.numel():
         return out, lse
     group_q, group_k = groups_of(block_q, block_k, granularity)

@@ -115,8 +115,10 @@ class BlockPlan:
             >>> BlockPlan.of_mask(torch.ones(1, 1, 2, 2, dtype=torch.bool).tril(), 4, 4).kept(6, 6)
             0.7777777777777778
         """
-        rows = _filled(self.order_q, queries, self.block_q, self.counts.device)
-        columns = _filled(self.order_k, keys, self.block_k, self.counts.device)
+        rows, columns = (
+            present(order, tokens, block).to(self.counts.device).sum(-1, dtype=torch.float32)
+            for order, tokens, block in ((self.order_q, queries, self.block_q), (self.order_k, keys, self.block_k))
+        )
         batch, heads = (max(x.shape[d] for x in (columns, self.counts)) for d in (0, 1))
         indices = self.indices.long().expand(batch, heads, -1, -1)
         read = torch.arange(indices.shape[-1], device=indices.device) < self.counts[..., None]
@@ -143,13 +145,22 @@ def block_count(tokens: int, block: int) -> int:
     return -(-tokens // block)
 
 
-def _filled(order: torch.Tensor | None, tokens: int, block: int, device: torch.device) -> torch.Tensor:
-    """How many tokens each block holds: float32 [B' or 1, H' or 1, T]."""
-    if order is None:
-        there = torch.ones(1, 1, tokens, device=device)
-    else:
-        there = (order >= 0).float().view(*(1,) * (3 - order.ndim), *order.shape)
-    return torch.nn.functional.pad(there, (0, -there.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1)
+def present(order: torch.Tensor | None, tokens: int, block: int) -> torch.Tensor:
+    """Which places of each block hold a token: bool [B' or 1, H' or 1, T, block].
+
+    Args:
+        order: as in a plan.
+        tokens: how many there are; only read without an order.
+        block: tokens of a block.
+
+    Example:
+        >>> present(torch.tensor([1, -1, 0]), 2, 2).int()
+        tensor([[[[1, 0],
+                  [1, 0]]]], dtype=torch.int32)
+    """
+    there = torch.ones(tokens, dtype=torch.bool) if order is None else order >= 0
+    there = there.view(*(1,) * (3 - there.ndim), *there.shape)
+    return torch.nn.functional.pad(there, (0, -there.shape[-1] % block)).unflatten(-1, (-1, block))
 
 
 def arrange(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
@@ -185,8 +196,11 @@ def put_back(x: torch.Tensor, order: torch.Tensor | None, tokens: int, otherwise
     if order is None:
         return x
     # Empty places go to one more token, which is cut off.
-    place = order.masked_fill(order < 0, tokens).expand(*x.shape[:2], -1)
+    place = order.masked_fill(order < 0, tokens)
     result = x.new_full((*x.shape[:2], tokens + 1, *x.shape[3:]), otherwise)
+    if order.ndim == 1:
+        return result.index_copy_(2, place, x)[:, :, :tokens]
+    place = place.expand(*x.shape[:2], -1)
     result.scatter_(2, place.view(*place.shape, *(1,) * (x.ndim - 3)).expand_as(x), x)
     return result[:, :, :tokens]
 

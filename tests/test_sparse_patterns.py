@@ -17,10 +17,10 @@ from dita.kernels.masked_attention import masked_attention
 from dita.kernels.sparse.layout import Layout
 from dita.kernels.sparse.policy import Asked, Policy
 from dita.kernels.sparse.radial import Radial, block_for
-from dita.kernels.sparse.sliding_tile import SlidingTile, SlidingTiles, window_mask
+from dita.kernels.sparse.sliding_tile import SlidingTile, SlidingTiles
 from dita.kernels.sparse.svg import Bands, band_width
 from dita.kernels.sparse.svg2 import Clusters, cluster_count
-from dita.kernels.sparse.tiles import grouped, tile_counts
+from dita.kernels.sparse.tiles import grouped, tile_counts, window_mask
 from dita.kernels.sparse.vmoba import Mixture, select_blocks
 from dita.kernels.sparse.window_search import Found, WindowSearch, WindowTable, window_choices
 

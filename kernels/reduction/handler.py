@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dita.kernels.account import Account
 from dita.kernels.reduction.matching import Grid
 from dita.kernels.reduction.shift import Watched
 from dita.kernels.sparse.handler import bytes_of
@@ -68,9 +69,8 @@ class ReductionHandler(Handler):
         self._layer = {site: number for number, site in enumerate(sites)}
         self._states: dict[Any, tuple[tuple[int, ...], dict[str, Any]]] = {}
         self._shifts: dict[Any, torch.Tensor] = {}
-        self._densities: list[float] = []
+        self._account = Account()
         self._shares: list[float] = []
-        self._reasons: dict[str, int] = {}
 
     def begin_run(self) -> None:
         """Forget everything: a run starts."""
@@ -79,9 +79,8 @@ class ReductionHandler(Handler):
 
     def begin_call(self, call: Call) -> None:
         """Start the account of one call of the transformer."""
-        self._densities.clear()
+        self._account.clear()
         self._shares.clear()
-        self._reasons.clear()
 
     def reducer(self, site: Site, occurrence: int, call: Call, tokens: torch.Tensor, text: int) -> Reducer | None:
         """Ask the policy."""
@@ -104,7 +103,7 @@ class ReductionHandler(Handler):
         if made is None or made.positions is None:
             return self._left("nothing to reduce")
         count, kept = tokens.shape[1], made.positions.shape[1]
-        self._densities.append(((kept + text) / (count + text)) ** 2)
+        self._account.count(((kept + text) / (count + text)) ** 2)
         self._shares.append(kept / count)
         return made
 
@@ -114,9 +113,8 @@ class ReductionHandler(Handler):
             self._left(why)
 
     def _left(self, why: str) -> None:
-        self._densities.append(1.0)
+        self._account.count(1.0, why)
         self._shares.append(1.0)
-        self._reasons[why] = self._reasons.get(why, 0) + 1
 
     def _state(self, key: Any, tokens: torch.Tensor) -> dict[str, Any]:
         held = self._states.get(key)
@@ -133,14 +131,10 @@ class ReductionHandler(Handler):
 
     def end_call(self, call: Call) -> None:
         """Write the account into the call."""
-        if not self._densities:
-            return
-        count = len(self._densities)
-        call.density *= sum(self._densities) / count
-        reduced = sum(density < 1 for density in self._densities)
-        why = "".join(f"; {number} x {reason}" for reason, number in self._reasons.items())
-        account = f"{reduced} of {count} attentions on {sum(self._shares) / count:.0%} of the image tokens{why}"
-        call.sparsely = f"{call.sparsely}; {account}" if call.sparsely else account
+        account = self._account
+        if count := len(account.densities):
+            share = sum(self._shares) / count
+            account.write(call, f"{account.sparse} of {count} attentions on {share:.0%} of the image tokens")
 
     def bytes_held(self) -> int:
         """Bytes of whatever the policy keeps in its states, and of shifts."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dita.attention_view import Attended
+from dita.kernels.account import Account
 from dita.kernels.sparse.layout import Layout
 from dita.kernels.sparse.policy import Asked, Policy
 from dita.seams import Call, Handler, Site
@@ -31,8 +32,7 @@ class SparseHandler(Handler):
         self.policy, self.sites, self.text_at = policy, sites, text_at
         self._layer = {site: number for number, site in enumerate(sites)}
         self._states: dict[Any, tuple[Layout, dict[str, Any]]] = {}
-        self._densities: list[float] = []
-        self._reasons: dict[str, int] = {}
+        self._account = Account()
 
     def begin_run(self) -> None:
         """Forget everything: a run starts."""
@@ -41,8 +41,7 @@ class SparseHandler(Handler):
 
     def begin_call(self, call: Call) -> None:
         """Start the account of one call of the transformer."""
-        self._densities.clear()
-        self._reasons.clear()
+        self._account.clear()
 
     def attend(
         self, site: Site, occurrence: int, call: Call, seen: Attended, plain: Callable[[Attended], torch.Tensor]
@@ -50,7 +49,7 @@ class SparseHandler(Handler):
         """Let the policy answer, or the model itself where it cannot."""
         layout = self._layout(call, seen)
         if isinstance(layout, str):
-            self._count(1.0, layout)
+            self._account.count(1.0, layout)
             return plain(seen)
         key = (site, occurrence, call.position.stream)
         held = self._states.get(key)
@@ -63,7 +62,7 @@ class SparseHandler(Handler):
             position.step, position.steps, held[1], lambda: plain(seen), position.timestep,
         )  # fmt: skip
         out = self.policy.attend(asked)
-        self._count(asked.density, asked.reason)
+        self._account.count(asked.density, asked.reason)
         return out
 
     def _layout(self, call: Call, seen: Attended) -> Layout | str:
@@ -81,21 +80,11 @@ class SparseHandler(Handler):
             return f"{queries} tokens are not the {frames} x {rows} x {columns} of the image, with or without text"
         return Layout((frames, rows, columns), text, self.text_at == "first")
 
-    def _count(self, density: float, reason: str) -> None:
-        self._densities.append(density)
-        if density == 1 and reason:
-            self._reasons[reason] = self._reasons.get(reason, 0) + 1
-
     def end_call(self, call: Call) -> None:
         """Write the account into the call."""
-        if not self._densities:
-            return
-        mean = sum(self._densities) / len(self._densities)
-        sparse = sum(density < 1 for density in self._densities)
-        call.density *= mean
-        why = "".join(f"; {count} x {reason}" for reason, count in self._reasons.items())
-        account = f"density {mean:.2f}, {sparse} of {len(self._densities)} attentions sparse{why}"
-        call.sparsely = f"{call.sparsely}; {account}" if call.sparsely else account
+        account = self._account
+        if count := len(account.densities):
+            account.write(call, f"density {account.mean:.2f}, {account.sparse} of {count} attentions sparse")
 
     def bytes_held(self) -> int:
         """Bytes of plans and of whatever else the policy keeps in its states."""

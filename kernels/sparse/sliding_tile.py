@@ -34,32 +34,9 @@ from dita.kernels.plan import BlockPlan
 from dita.kernels.sparse.base import SparseMethod
 from dita.kernels.sparse.layout import Cut, Layout
 from dita.kernels.sparse.policy import Asked, Policy
-from dita.kernels.sparse.tiles import Triple, cells, crossed, grouped, tile_counts
+from dita.kernels.sparse.tiles import Triple, cells, crossed, grouped, tile_counts, window_mask
 from dita.kernels.sparse.window_search import Found, WindowSearch, WindowTable, search_windows, window_choices
 from dita.registry import register
-
-
-def window_mask(counts: Triple, window: Triple) -> torch.Tensor:
-    """Which tiles each tile sees: bool [T, T], tiles in raster order.
-
-    Args:
-        counts: tiles along each axis.
-        window: extent in tiles; an axis with fewer is seen whole.
-
-    Example:
-        >>> window_mask((1, 1, 4), (1, 1, 3)).int()
-        tensor([[1, 1, 1, 0],
-                [1, 1, 1, 0],
-                [0, 1, 1, 1],
-                [0, 1, 1, 1]], dtype=torch.int32)
-    """
-    mask = torch.ones(1, 1, dtype=torch.bool)
-    for count, extent in zip(counts, window, strict=True):
-        extent = min(extent, count)
-        place = torch.arange(count)
-        first = (place - extent // 2).clamp(0, count - extent)[:, None]
-        mask = torch.kron(mask, (first <= place) & (place < first + extent))
-    return mask
 
 
 class SlidingTiles(Policy):

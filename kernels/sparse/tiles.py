@@ -83,6 +83,29 @@ def tile_counts(grid: Triple, tile: Triple) -> Triple:
     return (counts[0], counts[1], counts[2])
 
 
+def window_mask(counts: Triple, window: Triple) -> torch.Tensor:
+    """Which tiles each tile sees: bool [T, T], tiles in raster order.
+
+    Args:
+        counts: tiles along each axis.
+        window: extent in tiles; an axis with fewer is seen whole.
+
+    Example:
+        >>> window_mask((1, 1, 4), (1, 1, 3)).int()
+        tensor([[1, 1, 1, 0],
+                [1, 1, 1, 0],
+                [0, 1, 1, 1],
+                [0, 1, 1, 1]], dtype=torch.int32)
+    """
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    for count, extent in zip(counts, window, strict=True):
+        extent = min(extent, count)
+        place = torch.arange(count)
+        first = (place - extent // 2).clamp(0, count - extent)[:, None]
+        mask = torch.kron(mask, (first <= place) & (place < first + extent))
+    return mask
+
+
 def grouped(labels: torch.Tensor, groups: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Put the tokens of a group next to each other and let every group start a block of its own.
 

@@ -40,6 +40,7 @@ from dita.kernels.sparse.handler import SparseHandler
 from dita.kernels.sparse.layout import Cut, Layout
 from dita.kernels.sparse.orders import tiles
 from dita.kernels.sparse.policy import Asked, Policy
+from dita.kernels.sparse.tiles import window_mask
 from dita.kernels.sparse.vorta_routing import Route, by_router, by_table, range_key
 from dita.registry import register
 from dita.seams import Handler, Site
@@ -47,7 +48,7 @@ from dita.table import Table, table_for
 
 Grid = tuple[int, int, int]
 WINDOW: Grid = (2, 3, 2)
-AROUND = 3  # tiles of a sliding window, along each axis
+AROUND: Grid = (3, 3, 3)  # tiles of a sliding window
 
 
 def sliding_plan(layout: Layout, tile: Grid) -> BlockPlan:
@@ -69,13 +70,8 @@ def sliding_plan(layout: Layout, tile: Grid) -> BlockPlan:
     most: Grid = tuple(min(side, max(1, cells // 4)) for side, cells in zip(tile, layout.grid, strict=True))  # pyright: ignore[reportAssignmentType]
     order, places = tiles(layout.grid, most)
     cut = Cut(layout, places, places, order)
-    mask = torch.ones(1, 1, dtype=torch.bool)
-    for cells, side in zip(layout.grid, most, strict=True):
-        count = -(-cells // side)
-        place = torch.arange(count)
-        centre = place.clamp(min(AROUND // 2, count - 1), max(count - 1 - AROUND // 2, 0))
-        mask = torch.kron(mask, (centre[:, None] - place).abs() <= AROUND // 2)
-    return cut.plan(mask[None, None])
+    counts: Grid = tuple(-(-cells // side) for cells, side in zip(layout.grid, most, strict=True))  # pyright: ignore[reportAssignmentType]
+    return cut.plan(window_mask(counts, AROUND)[None, None])
 
 
 class Routed(Policy):
