@@ -185,6 +185,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=None, help="write this name with .json and .md")
     asked = parser.parse_args()
+    about: dict[str, Any] = {"model": asked.model, "layers": asked.layers, "clock": asked.clock}
+    about |= {"threads": asked.threads, "device": device_name("cpu"), "code": code_version()}
+    about["versions"] = library_versions()
     with pinned_threads(asked.threads):
         task = task_of(pipeline_folder(asked.model))
         pipe: Any = load_pipeline(asked.model)
@@ -212,19 +215,11 @@ def main() -> None:
                 parts = break_down(method, pipe, pairs, asked.rounds, CLOCKS[asked.clock])
                 rows.append({"method": name, "setting": label, "tokens": pairs[0][0].seen.q.shape[2], **parts})
                 print(json.dumps(rows[-1]), flush=True)
-    about: dict[str, Any] = {
-        "model": asked.model,
-        "layers": asked.layers,
-        "clock": asked.clock,
-        "threads": asked.threads,
-    }
-    about |= {"device": device_name(pipe.device), "code": code_version(), "versions": library_versions()}
     print(text := table(rows))
     if asked.out is not None:
         command = " ".join(["python", "benchmarks/attention_breakdown.py", *sys.argv[1:]])
-        asked.out.with_suffix(".json").write_text(
-            json.dumps({"command": command, **about, "rows": rows}, indent=1) + "\n"
-        )
+        whole = {"command": command, **about, "rows": rows}
+        asked.out.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
         said = ", ".join(f"{name} {value}" for name, value in about.items() if name != "versions")
         said += ", torch " + about["versions"]["torch"]
         title = "# Where the time of a sparse attention goes"
