@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -55,13 +56,15 @@ COLUMNS = {
     "choose": "choose", "move": "move", "attend": "attend", "rest": "rest", "ms": "all ms", "speedup": "speed-up",
     "free_choice": "choosing free", "ideal_kernel": "kernel ideal", "ideal": "both",
 }  # fmt: skip
+PARTS = ("choose", "move", "attend", "rest")
 
 
 class Ledger:
     """Seconds by part, each without the parts inside of it."""
 
     def __init__(self, now: Callable[[], float]) -> None:
-        self.now, self.spent = now, dict.fromkeys(("choose", "move", "attend", "rest"), 0.0)
+        self.now = now
+        self.spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self._inside: list[float] = []
 
     def charge(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,7 +140,7 @@ def break_down(
             attend(ask(pair[0]))
             for number in range(1 + rounds):
                 state.pop("plan", None)
-                ledger.spent = dict.fromkeys(ledger.spent, 0.0)
+                ledger.spent = dict.fromkeys(PARTS, 0.0)
                 asked = ask(pair[1])
                 attend(asked)
                 _, plan, _ = state.get("plan", (0, None, 0.0))
@@ -148,7 +151,7 @@ def break_down(
                 if number:
                     rows.append({**row, "dense": 1e3 * (now() - began), "density": asked.density})
     found = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-    found["ms"] = sum(found[part] for part in ("choose", "move", "attend", "rest"))
+    found["ms"] = sum(found[part] for part in PARTS)
     ideal = found["density"] * found["dense"]
     return found | {
         "speedup": found["dense"] / found["ms"],
@@ -217,7 +220,7 @@ def main() -> None:
                 print(json.dumps(rows[-1]), flush=True)
     print(text := table(rows))
     if asked.out is not None:
-        command = " ".join(["python", "benchmarks/attention_breakdown.py", *sys.argv[1:]])
+        command = shlex.join(["python", "benchmarks/attention_breakdown.py", *sys.argv[1:]])
         whole = {"command": command, **about, "rows": rows}
         asked.out.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
         said = ", ".join(f"{name} {value}" for name, value in about.items() if name != "versions")
