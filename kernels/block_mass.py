@@ -36,6 +36,7 @@ def block_mass(
     """
     batch, heads, rows, size, _ = queries.shape
     columns, width = keys.shape[2:4]
+    queries, keys, lse = queries.detach(), keys.detach(), lse.detach()  # what is chosen has no gradient
     keys = keys.float().flatten(2, 3).repeat_interleave(heads // keys.shape[1], 1)
     # A query that sees no key has -inf; its weights are 0 whatever is taken off.
     lse = lse.masked_fill(~present_q | lse.isneginf(), torch.inf)
@@ -43,9 +44,12 @@ def block_mass(
     keys = torch.cat([keys, torch.ones_like(keys[..., :1])], -1).flatten(0, 1).mT
     queries = torch.cat([queries.float() * scale, -lse[..., None]], -1).flatten(0, 1)
     step = max(1, _ELEMENTS // (batch * heads * size * columns * width))
-    pieces = []
+    pieces, buffer = [], keys.new_empty(len(keys), min(step, rows) * size, keys.shape[2])
     for first in range(0, rows, step):
-        weights = (queries[:, first : first + step].flatten(1, 2) @ keys).exp_()
+        some = queries[:, first : first + step].flatten(1, 2)
+        # Written over and over: memory that is new each time costs as much as the product.
+        weights = buffer.view(-1)[: some.shape[1] * len(keys) * keys.shape[2]].view(len(keys), -1, keys.shape[2])
+        torch.bmm(some, keys, out=weights).exp_()
         pieces.append(weights.unflatten(1, (-1, size)).sum(2))
     sums = torch.cat(pieces, 1).view(batch, heads, rows, columns, width)
     return sums.masked_fill_(~present_k[:, :, None], 0).sum(-1)
