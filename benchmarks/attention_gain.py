@@ -7,7 +7,8 @@ close to it as `--psnr` asks. Then plain and sparse runs of the same seeds in tu
 self-attention modules without the modules inside of them (projections and norms): rotary positions, reordering and the
 choice of blocks count as attention. Two ratios are printed for it: over whole runs, in which the first steps and layers
 are dense, and over those calls alone that were sparse. A policy that needs it is calibrated first, on another seed and
-other prompts. Medians of all rounds; with the process clock and one thread, other work on the machine counts little.
+other prompts unless `--calibration` is 0. Medians of all rounds; with the process clock and one thread, other work on the
+machine counts little.
 """
 
 from __future__ import annotations
@@ -143,6 +144,7 @@ def main() -> None:
     parser.add_argument("--call", type=json.loads, default={}, help="more arguments of the call, JSON")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--psnr", type=float, default=30.0, help="least closeness to the plain run, dB")
+    parser.add_argument("--calibration", type=int, default=1, help="seed to calibrate on; 0 for what is measured")
     parser.add_argument("--clock", choices=CLOCKS, default="process")
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
@@ -155,7 +157,9 @@ def main() -> None:
         )  # fmt: skip
         method = registry.resolve(asked.method, **asked.settings)
         if method.needs_calibration:
-            other = dataclasses.replace(sampling, seed=1, prompts=task.prompts(asked.samples, 1))
+            other = dataclasses.replace(
+                sampling, seed=asked.calibration, prompts=task.prompts(asked.samples, asked.calibration)
+            )
             method = dita.calibrate(pipe, method, lambda pipe: draw(pipe, other, range(asked.samples)))
         found = measure(pipe, sampling, method, asked.psnr, asked.rounds, CLOCKS[asked.clock])
         about = {"model": asked.model, "method": asked.method, "setting": method.label(), "steps": sampling.steps}
