@@ -7,8 +7,8 @@ close to it as `--psnr` asks. Then plain and sparse runs of the same seeds in tu
 self-attention modules without the modules inside of them (projections and norms): rotary positions, reordering and the
 choice of blocks count as attention. Two ratios are printed for it: over whole runs, in which the first steps and layers
 are dense, and over those calls alone that were sparse. A policy that needs it is calibrated first, on another seed and
-other prompts unless `--calibration` is 0. Medians of all rounds; with the process clock and one thread, other work on the
-machine counts little.
+other prompts unless `--calibration` is 0. Medians of all rounds; with the process clock and one thread, other work on
+the machine counts little.
 """
 
 from __future__ import annotations
