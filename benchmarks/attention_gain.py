@@ -114,7 +114,7 @@ def measure(
         raise SystemExit("the pipeline does not come back as it was: no numbers")
     ratio = {
         name: statistics.median(
-            p / s for p, s in zip(taken[f"plain {name}"][1:], taken[f"sparse {name}"][1:], strict=True)
+            p / s for p, s in zip(taken[f"plain {name}"], taken[f"sparse {name}"], strict=True)
         )
         for name in ("attention", "transformer", "run")
     }
@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--psnr", type=float, default=30.0, help="least closeness to the plain run, dB")
     parser.add_argument("--calibration", type=int, default=1, help="seed to calibrate on; 0 for what is measured")
+    parser.add_argument("--trajectories", type=int, default=1, help="samples to calibrate on, one after the other")
     parser.add_argument("--clock", choices=CLOCKS, default="process")
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
@@ -157,10 +158,12 @@ def main() -> None:
         )  # fmt: skip
         method = registry.resolve(asked.method, **asked.settings)
         if method.needs_calibration:
-            other = dataclasses.replace(
-                sampling, seed=asked.calibration, prompts=task.prompts(asked.samples, asked.calibration)
+            count = asked.trajectories
+            prompts = task.prompts(count, asked.calibration)
+            other = dataclasses.replace(sampling, samples=count, seed=asked.calibration, prompts=prompts)
+            method = dita.calibrate(
+                pipe, method, lambda pipe: [draw(pipe, other, range(n, n + 1)) for n in range(count)]
             )
-            method = dita.calibrate(pipe, method, lambda pipe: draw(pipe, other, range(asked.samples)))
         found = measure(pipe, sampling, method, asked.psnr, asked.rounds, CLOCKS[asked.clock])
         about = {"model": asked.model, "method": asked.method, "setting": method.label(), "steps": sampling.steps}
         about |= {"clock": asked.clock, "threads": asked.threads, "device": device_name(pipe.device)}
