@@ -26,6 +26,7 @@ from dita.eval.pipelines import load_pipeline, pipeline_folder
 from dita.eval.sampling import Sampling, check_pipeline, draw
 from dita.eval.task import task_of
 from dita.eval.timing import pinned_threads, synchronize
+from dita.patch import CallPatch
 
 
 @contextmanager
@@ -34,25 +35,21 @@ def clock(
 ) -> Iterator[list[float]]:
     """Collect the seconds of each call of `transformer`, everything hooked to it included."""
     seconds: list[float] = []
-    started = [0.0]
 
-    def before(*_: Any) -> None:
+    def timed(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         synchronize(device)
-        started[0] = now()
-
-    def after(*_: Any) -> None:
+        started = now()
+        result = original(*args, **kwargs)
         synchronize(device)
-        seconds.append(now() - started[0])
+        seconds.append(now() - started)
+        return result
 
-    handles = [
-        transformer.register_forward_pre_hook(before, prepend=True),
-        transformer.register_forward_hook(after),
-    ]
+    patch = CallPatch(transformer, timed)  # forward hooks would be within what dita has put around the call
+    patch.apply()
     try:
         yield seconds
     finally:
-        for handle in handles:
-            handle.remove()
+        patch.remove()
 
 
 def timed_run(pipe: Any, sampling: Sampling, config: Any) -> tuple[list[float], list[float]]:

@@ -186,10 +186,10 @@ class CacheHandler(Handler):
         """Probe and watched sites always run; all reused sites of a call share one verdict."""
         if site not in self._reused:
             return True
-        if self._verdict is None:
-            self._verdict = self._decide(call)
-            call.value, call.reason = self._verdict.value, self._verdict.reason
         verdict = self._verdict
+        if verdict is None:
+            verdict = self._verdict = self._decide(call)
+            call.value, call.reason = verdict.value, verdict.reason
         if verdict.compute or (verdict.computes is not None and call.agree(verdict.computes(site))[0]):
             return True
         # A site without a past cannot be skipped, whatever the policy says.
@@ -411,7 +411,8 @@ class CacheHandler(Handler):
             return
         stream, view = self._stream(call), self._make_view(call)
         stream.finite.end_call()
-        if call.action != "computed" and not all(map(self._stands_in, self._whole)):
+        whole = self._whole <= self._stood_in or all(map(self._stands_in, self._whole))
+        if call.action != "computed" and not whole:
             call.action = "partial"
         if self._changes:
             view.block_change = torch.stack(self._changes).mean(0)

@@ -51,7 +51,7 @@ class Block:
         hidden, encoder = streams
         if len(self.entry.returns) == 1:
             return (hidden,) if self.entry.wrapped else hidden
-        return tuple(hidden if name == "hidden" else encoder for name in self.entry.returns)
+        return (hidden, encoder) if self.entry.returns[0] == "hidden" else (encoder, hidden)
 
 
 @dataclass(frozen=True)

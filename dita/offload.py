@@ -6,17 +6,27 @@ the group runs, somebody has to do it for them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 
 class Offload:
-    """Follows the groups of one transformer's blocks through a call."""
+    """Follows the groups of one transformer's blocks through a call.
 
-    def __init__(self) -> None:
+    Args:
+        blocks: all of them.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self._blocks, self._grouped = blocks, False
         self._skipped: set[nn.Module] = set()
         self._brought: list[Any] = []
+
+    def begin_run(self) -> None:
+        """A run starts: see whether the blocks are in groups, as they are then throughout."""
+        self._grouped = any(group_of(block) is not None for block in self._blocks)
 
     def begin_call(self) -> None:
         """The transformer is about to be called."""
@@ -25,7 +35,7 @@ class Offload:
 
     def skips(self, block: nn.Module) -> None:
         """A block is not run."""
-        group = group_of(block)
+        group = group_of(block) if self._grouped else None
         if group is None:
             return
         self._skipped.add(block)
@@ -35,7 +45,7 @@ class Offload:
 
     def runs(self, block: nn.Module) -> None:
         """A block is about to run."""
-        group = group_of(block)
+        group = group_of(block) if self._grouped else None
         if group is None or group in self._brought:
             return
         self._brought.append(group)

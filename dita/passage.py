@@ -57,6 +57,7 @@ class Hooked:
         self.driven = handler.drives(site)
         self.wants_inputs = site.kind == "module" and handler.wants_inputs(site)
         self.by_tokens = part is not None and site.role in ("mlp", "linear")
+        self.rebuild: dict[int, Callable[[Features], Any]] = {}  # what its outputs were wrapped in, by occurrence
 
 
 def check_inputs(anatomy: Anatomy, handlers: Sequence[Handler]) -> None:
@@ -214,7 +215,7 @@ def flatten(result: Any) -> tuple[Features, Callable[[Features], Any]]:
     """The tensors of an output, and the function that makes such an output of tensors.
 
     A list of equal tensors, one per sample, is one tensor. What is none, such as a model's cache of keys, stays as it
-    was in this output.
+    was in this output. The function holds none of the tensors.
 
     Raises:
         DitaError: an output that is neither a tensor, nor a tuple, list or diffusers output with some, nor has
@@ -251,10 +252,11 @@ def _taken_apart(value: Any, leaves: list[torch.Tensor | None]) -> Callable[[Ite
         return lambda features: list(next(features))
     builders = [None if fields and item is None else _taken_apart(item, leaves) for item in held]
     kind: Any = type(value)
+    names, rest = tuple(fields), [item if make is None else None for item, make in zip(held, builders, strict=True)]
 
     def build(features: Iterator[Any]) -> Any:
-        items = [item if make is None else make(features) for item, make in zip(held, builders, strict=True)]
-        return kind(**dict(zip(fields, items, strict=True))) if fields else kind(items)
+        items = [item if make is None else make(features) for item, make in zip(rest, builders, strict=True)]
+        return kind(**dict(zip(names, items, strict=True))) if names else kind(items)
 
     return build
 

@@ -48,10 +48,9 @@ class Patch:
         before = self.original(self.target)
 
         def wrapper(target: Any, *args: Any, **kwargs: Any) -> Any:
-            original = self.original(target)
-            if not self.active or owner() is not target:
-                return original(*args, **kwargs)
-            return self.around(original, args, kwargs)
+            if self.active and owner() is target:
+                return self.around(before, args, kwargs)
+            return self.original(target)(*args, **kwargs)
 
         said: Any = wrapper
         if self.name != _SLOT:  # what was compiled carries marks for the compiler, which are its own

@@ -69,7 +69,8 @@ class ModelRuntime:
         per_sample: bool = False,
     ) -> None:
         self.outer = anatomy.model if outer is None else outer
-        self.compilation, self._offload = Compilation(self.outer, anatomy.model), Offload()
+        self.compilation = Compilation(self.outer, anatomy.model)
+        self._offload = Offload([block.module for block in anatomy.blocks])
         self.number, self.name, self.anatomy = number, name, anatomy
         self.handlers, self.clock, self._current_report = tuple(handlers), clock, current_report
         self.loops, self._variables, self._per_sample = tuple(loops), LoopVariables(pipe), per_sample
@@ -84,7 +85,6 @@ class ModelRuntime:
         self._occurrences: dict[Site, int] = {}
         self._open: dict[Site, Features] = {}
         self._skipping: tuple[Site, Handler, Features] | None = None
-        self._shapes: dict[Any, Any] = {}
         self._grids: dict[Any, Grid] = {}
         self._parameters = tuple(inspect.signature(type(anatomy.model).forward).parameters)[1:]
         self._entries = [(site, h) for h in self.handlers for site in h.sites if site.kind == "entry"]
@@ -180,6 +180,7 @@ class ModelRuntime:
         if self._run != self.clock.run:
             self._run = self.clock.run
             self._grids.clear()
+            self._offload.begin_run()
             self._agree = Agreement(self.group or group_of(self.anatomy.model))
             for handler in self.handlers:
                 handler.begin_run()
@@ -437,7 +438,7 @@ class ModelRuntime:
         occurrence = self._occurrences.get(site, 0)
         self._occurrences[site] = occurrence + 1
         if hooked.driven:
-            return self._driven(site, handler, occurrence, call, lambda: original(*args, **kwargs))
+            return self._driven(hooked, occurrence, call, lambda: original(*args, **kwargs))
         inputs: Features = (call.latents,) if site.kind == "model" else ()
         if hooked.wants_inputs:
             inputs = (first_tensor(args, kwargs),)
@@ -447,31 +448,32 @@ class ModelRuntime:
                     result = self.compilation.uncompiled(original)(*args, **kwargs)
             else:
                 result = original(*args, **kwargs)
-            features, rebuild = flatten(result)
-            self._shapes[site, occurrence] = rebuild
+            features, hooked.rebuild[occurrence] = flatten(result)
             handler.computed(site, occurrence, call, inputs, features)
             return result
         if hooked.by_tokens:
             stood_in = on_some_tokens(hooked, call, occurrence, inputs, original, args, kwargs)
             if stood_in is not None:
-                return self._shapes[site, occurrence](stood_in)
-        return self._shapes[site, occurrence](handler.skipped(site, occurrence, call, inputs))
+                return hooked.rebuild[occurrence](stood_in)
+        return hooked.rebuild[occurrence](handler.skipped(site, occurrence, call, inputs))
 
-    def _driven(self, site: Site, handler: Handler, occurrence: int, call: Call, original: Callable[[], Any]) -> Any:
+    def _driven(self, hooked: Hooked, occurrence: int, call: Call, original: Callable[[], Any]) -> Any:
         """Leave it to the handler how often a module or the model runs."""
+        site = hooked.site
 
         def run() -> Features:
             if site.kind == "model":
                 self._occurrences.clear()
-            features, self._shapes[site, occurrence] = flatten(original())
+            features, hooked.rebuild[occurrence] = flatten(original())
             return features
 
-        features = handler.drive(site, occurrence, call, run)
-        return self._shapes[site, occurrence](features)
+        features = hooked.handler.drive(site, occurrence, call, run)
+        return hooked.rebuild[occurrence](features)
 
     def _around_feeder(self, part: ModulePart, feeder: torch.nn.Module) -> Any:
         """A module whose output only feeds a skipped one: stand in for it with zeros that take no memory."""
         handler = next(h for h in self.handlers if part.site in h.sites)
+        stand_ins: dict[tuple[str, int], tuple[Callable[[Features], Any], Features]] = {}
 
         def around(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = self._call
@@ -481,14 +483,10 @@ class ModelRuntime:
             if handler.compute(part.site, call, ()):
                 result = original(*args, **kwargs)
                 features, rebuild = flatten(result)
-                self._shapes[feeder, stream] = (
-                    rebuild,
-                    [None if t is None else (t.shape, t.dtype, t.device) for t in features],
-                )
+                zeros = tuple(None if t is None else t.new_zeros(()).expand(t.shape) for t in features)
+                stand_ins[stream] = (rebuild, zeros)
                 return result
-            rebuild, shapes = self._shapes[feeder, stream]
-            return rebuild(
-                tuple(s and torch.zeros((), dtype=s[1], device=s[2]).expand(s[0]) for s in shapes)  # pyright: ignore
-            )
+            rebuild, zeros = stand_ins[stream]
+            return rebuild(zeros)
 
         return around
