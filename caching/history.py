@@ -46,7 +46,7 @@ class History:
         self._retain = retain or (lambda entries: entries[:length])
         self._storage = storage or Storage()
         self._entries: list[Entry] = []
-        self.steps: tuple[int, ...] = ()
+        self.steps: list[int] = []
         self._bytes: int | None = 0
         self._like: tuple[torch.dtype, torch.device] | None = None
 
@@ -59,7 +59,7 @@ class History:
         new = [entry for entry in wanted if not any(entry is old for old in self._entries)]
         spare = [old.features for old in self._entries if not any(old is entry for entry in wanted)]
         self._entries, self._bytes = wanted, None
-        self.steps = tuple(entry.step for entry in wanted)
+        self.steps = [entry.step for entry in wanted]
         for entry in new:
             first = next((tensor for tensor in entry.features if tensor is not None), None)
             self._like = None if first is None else (first.dtype, first.device)
