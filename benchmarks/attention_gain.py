@@ -113,9 +113,7 @@ def measure(
     if not draw(pipe, sampling, indices).media.equal(plain):
         raise SystemExit("the pipeline does not come back as it was: no numbers")
     ratio = {
-        name: statistics.median(
-            p / s for p, s in zip(taken[f"plain {name}"], taken[f"sparse {name}"], strict=True)
-        )
+        name: statistics.median(p / s for p, s in zip(taken[f"plain {name}"], taken[f"sparse {name}"], strict=True))
         for name in ("attention", "transformer", "run")
     }
     thin = [number for number, record in enumerate(report.records) if record.density < 1]
