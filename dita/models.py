@@ -135,19 +135,21 @@ BLOCKS: dict[str, BlockEntry] = {
     "ZImageTransformerBlock": BlockEntry(returns=("hidden",), hidden="x", text="last"),
 }
 
-REFUSED_PIPELINES: dict[str, str] = dict.fromkeys(
-    (
-        "SkyReelsV2DiffusionForcingPipeline",
-        "SkyReelsV2DiffusionForcingImageToVideoPipeline",
-        "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
-    ),
+_OWN_STEPS = (
     "it steps every frame with a copy of the scheduler of its own, so that frames may stand at different timesteps and "
-    "no step belongs to a call of the transformer",
-) | dict.fromkeys(
-    ("StableUnCLIPPipeline", "UnCLIPPipeline"),
-    "its transformer makes an embedding in a loop of its own, with the scheduler named prior_scheduler; the loop that "
-    "makes the image has a UNet",
+    "no step belongs to a call of the transformer"
 )
+_OWN_LOOP = (
+    "its transformer makes an embedding in a loop of its own, with the scheduler named prior_scheduler; the loop that "
+    "makes the image has a UNet"
+)
+REFUSED_PIPELINES: dict[str, str] = {
+    "SkyReelsV2DiffusionForcingPipeline": _OWN_STEPS,
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": _OWN_STEPS,
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": _OWN_STEPS,
+    "StableUnCLIPPipeline": _OWN_LOOP,
+    "UnCLIPPipeline": _OWN_LOOP,
+}
 """Pipelines that cannot be followed, and why."""
 
 ENDED_TIMESTEPS: frozenset[str] = frozenset({"SCMScheduler"})

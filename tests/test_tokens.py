@@ -330,7 +330,8 @@ def test_fresh_rows_are_kept(place: str, precision: str) -> None:
 
 def test_low_precision_and_the_host_serve_fresh_rows() -> None:
     outputs = []
-    for options in ({}, {"keep_on": "host"}, {"keep_as": "bf16"}):
+    choices: tuple[dict[str, Any], ...] = ({}, {"keep_on": "host"}, {"keep_as": "bf16"})
+    for options in choices:
         pipe = dita.accelerate_pipeline(TINY["dit"].build(), "clusca", interval=3, clusters=4, **options)
         with warnings.catch_warnings():
             warnings.simplefilter("error", DitaWarning)
