@@ -128,7 +128,7 @@ class Affine(Forecast):
         table: "site, stream" -> for each step a scale and a shift per channel, () for heads.
     """
 
-    table: Table = field(default_factory=lambda: SegmentTable({}))
+    table: SegmentTable = field(default_factory=lambda: SegmentTable({}))
 
     def forecast(self, history: History, base: Features, site: Site, call: Call) -> Features:
         """See `Forecast.forecast`; the text stream is reused."""

@@ -31,9 +31,6 @@ class History:
         length: entries kept.
         retain: chooses among all entries, newest first, which are kept; if None the newest.
         storage: where and how precisely they are kept.
-
-    Attributes:
-        steps: of the entries, newest first.
     """
 
     def __init__(
@@ -46,7 +43,6 @@ class History:
         self._retain = retain or (lambda entries: entries[:length])
         self._storage = storage or Storage()
         self._entries: list[Entry] = []
-        self.steps: list[int] = []
         self._bytes: int | None = 0
         self._like: tuple[torch.dtype, torch.device] | None = None
 
@@ -59,7 +55,6 @@ class History:
         new = [entry for entry in wanted if not any(entry is old for old in self._entries)]
         spare = [old.features for old in self._entries if not any(old is entry for entry in wanted)]
         self._entries, self._bytes = wanted, None
-        self.steps = [entry.step for entry in wanted]
         for entry in new:
             first = next((tensor for tensor in entry.features if tensor is not None), None)
             self._like = None if first is None else (first.dtype, first.device)
@@ -69,6 +64,11 @@ class History:
     def entries(self) -> tuple[Entry, ...]:
         """Entries, newest first."""
         return tuple(self._entries)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the entries, newest first."""
+        return [entry.step for entry in self._entries]
 
     @property
     def newest(self) -> Features:

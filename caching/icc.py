@@ -94,7 +94,7 @@ class Increment(Forecast):
 
     layers: Mapping[str, nn.Module] = field(default_factory=dict)
     rank: int = 1
-    table: Table = field(default_factory=lambda: Table({}))
+    table: ChannelTable = field(default_factory=lambda: ChannelTable({}))
 
     @cached_property
     def factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

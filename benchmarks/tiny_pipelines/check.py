@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -51,12 +53,19 @@ def check(tiny: TinyPipeline, deep: bool = True) -> Ran:
         AssertionError: an output was not finite, not the same twice, or not restored; nothing was left out; or the
             schedule was not counted from the loop's own steps.
     """
+    with _quiet():
+        return _check(tiny, deep)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what the pipelines say: it is not at stake."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the pipelines warn of is not at stake
-            return _check(tiny, deep)
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(verbosity)
 
@@ -70,14 +79,8 @@ def samples_apart(tiny: TinyPipeline) -> bool | None:
     Returns:
         None if the pipeline is refused, or makes one sample a call from the inputs of its entry.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _samples_apart(tiny)
-    finally:
-        logging.set_verbosity(verbosity)
+    with _quiet():
+        return _samples_apart(tiny)
 
 
 def _samples_apart(tiny: TinyPipeline) -> bool | None:
