@@ -61,7 +61,7 @@ class MagnitudeGate(TablePolicy):
             return Verdict(True, "threshold 0")
         if position.local_step < int(self.retention * position.steps):
             return Verdict(True, "retention")
-        if nearest_index(len(self.table.of(position)), position) in self.always:
+        if self.always and nearest_index(len(self.table.of(position)), position) in self.always:
             return Verdict(True, "always computed")
         self._ratio *= self.table.ratio(position)
         self._error += abs(1 - self._ratio)
