@@ -113,6 +113,11 @@ class Method:
         """
         return self
 
+    @property
+    def uncalibrated(self) -> bool:
+        """Whether it still lacks the numbers that `dita.calibrate` measures."""
+        return self.needs_calibration and getattr(self, "table", None) is None
+
     def label(self) -> str:
         """The settings that differ from the defaults, in one line; "default" if none does."""
         parts = []

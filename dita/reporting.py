@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import warnings
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -125,8 +126,29 @@ class RunReport:
 
     @property
     def computed_fraction(self) -> float:
-        """Transformer calls in which every site ran, sparsely or not, of all; 1.0 when there was none."""
-        return sum(r.action in _WHOLE for r in self.records) / len(self.records) if self.records else 1.0
+        """Transformer calls in which every site ran, sparsely or not, on all tokens, of all; 1.0 when there was none.
+
+        A call whose samples ran one by one is one call, whatever the batch.
+        """
+        weights = self._weights()
+        whole = sum(w for r, w in zip(self.records, weights, strict=True) if r.action in _WHOLE)
+        return whole / sum(weights) if weights else 1.0
+
+    @property
+    def length(self) -> float:
+        """Transformer calls of a run along its longest branch, all transformers together; counted as above."""
+        calls: dict[str, dict[tuple[str, int], float]] = {}
+        for record, weight in zip(self.records, self._weights(), strict=True):
+            own = calls.setdefault(record.model, {})
+            branch = (record.branch.partition("[")[0], record.stage)
+            own[branch] = own.get(branch, 0.0) + weight
+        return sum(max(own.values()) for own in calls.values())
+
+    def _weights(self) -> list[float]:
+        """The share of a call that each record stands for: less than 1 where samples ran one by one."""
+        calls = [(r.model, r.step, r.stage, *r.branch.partition("[")[:2]) for r in self.records]
+        counts = Counter(call for call in calls if call[-1])
+        return [1 / counts.get(call, 1) for call in calls]
 
     @property
     def density(self) -> float:

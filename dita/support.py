@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from dita import registry
 from dita.anatomy import Anatomy, describe
 from dita.config import Method
-from dita.errors import DitaError
+from dita.errors import DitaError, DitaWarning
 from dita.session import transformers_of
 
 
@@ -80,7 +81,9 @@ def _answer(method: Method, anatomies: list[Anatomy], pipe: Any) -> tuple[bool, 
     try:
         sites = sum(len(method.sites(anatomy)) for anatomy in anatomies)
         # What is calibrated has no numbers yet to be attached with; its disabled setting needs none.
-        loop = (type(method).disabled() if method.needs_calibration else method).loop(tuple(anatomies), pipe)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DitaWarning)  # nothing is attached yet
+            loop = (type(method).disabled() if method.needs_calibration else method).loop(tuple(anatomies), pipe)
     except DitaError as error:
         return False, str(error)
     note = "; needs one calibration run" if method.needs_calibration else ""

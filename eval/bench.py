@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -138,13 +138,25 @@ class Bench:
 
     def _calibrated(self, setting: Setting) -> tuple[Setting, float | None]:
         config = setting.config
-        if config is None or not config.needs_calibration or getattr(config, "table", None) is not None:
+        if config is None or not config.uncalibrated:
             return setting, None
-        shaping: tuple[str, ...] | None = getattr(config, "shaping", None)
-        shape = (setting.method, setting.steps, *(getattr(config, name) for name in shaping or ()))
+        spent: list[float] = []
+
+        def measure(part: Any, beside: Sequence[Any] = ()) -> Any:
+            found, taken = self._measured(part, setting.steps, beside)
+            spent.append(taken)
+            return found
+
+        config = config.calibrated(measure) if isinstance(config, Composition) else measure(config)
+        return replace(setting, config=config), sum(spent)
+
+    def _measured(self, config: Any, steps: int, beside: Sequence[Any]) -> tuple[Any, float]:
+        """A calibrated method, and the seconds that took; what serves several of its settings is measured once."""
+        shaping: tuple[str, ...] | None = None if beside else getattr(config, "shaping", None)
+        shape = (config.name, steps, *(getattr(config, name) for name in shaping or ()))
         if shaping is not None and shape in self._tables:
             table, taken = self._tables[shape]  # the seconds are what this setting alone would have taken
-            return replace(setting, config=config.replace(table=table)), taken  # pyright: ignore
+            return config.replace(table=table), taken
         trained: bool = getattr(config, "trained", False)
         drawn: int = getattr(config, "trajectories", 1)
         other = replace(self.sampling, samples=_TRAINING if trained else drawn, batch=1, seed=self.sampling.seed + 1)
@@ -152,13 +164,19 @@ class Bench:
         def run(pipe: Any) -> None:
             # What is trained seeds torch anew for every run and wants another sample each time.
             index = int(torch.randint(_TRAINING, (1,))) if trained else 0
-            draw(pipe, other, range(index, index + drawn), setting.steps)
+            draw(pipe, other, range(index, index + drawn), steps)
 
         kept = []
-        taken = timed(lambda: kept.append(config.calibrated(self.pipe, run)), self.device)
+
+        def calibrate() -> None:
+            kept.append(
+                dita.calibrate(self.pipe, config, run, beside=beside) if beside else config.calibrated(self.pipe, run)
+            )
+
+        taken = timed(calibrate, self.device)
         if shaping is not None:
             self._tables[shape] = kept[0].table, taken
-        return replace(setting, config=kept[0]), taken
+        return kept[0], taken
 
     @contextmanager
     def _attached(self, setting: Setting, cost: Cost, first: bool = False) -> Iterator[None]:
@@ -174,10 +192,7 @@ class Bench:
                 yield
                 run = dita.report(self.pipe).last
             # The pipeline's call may be shorter than the plain one; what a method leaves out of it is in the records.
-            longest: dict[str, int] = {}
-            for (model, _, _), records in run.streams().items():
-                longest[model] = max(longest.get(model, 0), len(records))
-            cost.computed.append(run.computed_fraction * sum(longest.values()) / self.sampling.steps)
+            cost.computed.append(run.computed_fraction * run.length / self.sampling.steps)
             if run.density < 1:
                 cost.density.append(run.density)
             cost.cache_bytes.append(run.peak_cache_bytes)

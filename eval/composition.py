@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from dita.caching.fitted import Fitted
 from dita.errors import DitaError
 
 if TYPE_CHECKING:
@@ -46,17 +47,22 @@ class Composition:
         return JOINT.join(part.name for part in self.parts)
 
     @property
-    def needs_calibration(self) -> bool:
-        """Whether some part has to be calibrated, and is not yet."""
-        return any(part.needs_calibration and getattr(part, "table", None) is None for part in self.parts)
+    def uncalibrated(self) -> bool:
+        """Whether some part still lacks what a calibration measures."""
+        return any(part.uncalibrated for part in self.parts)
 
-    def calibrated(self, pipe: Any, call: Callable[[Any], Any]) -> Self:
-        """Calibrate each part that needs it, by itself."""
-        done = [
-            part.calibrated(pipe, call) if part.needs_calibration and getattr(part, "table", None) is None else part
-            for part in self.parts
-        ]
-        return replace(self, parts=tuple(done))
+    def calibrated(self, measure: Callable[..., Method]) -> Self:
+        """Calibrate each part that needs it, by itself; `fitted` last, with the others at work.
+
+        Args:
+            measure: called with a part and the parts beside it, which are none but for `fitted`.
+        """
+        done = {n: part for n, part in enumerate(self.parts) if not part.uncalibrated}
+        order = sorted(set(range(len(self.parts))) - set(done), key=lambda n: isinstance(self.parts[n], Fitted))
+        for n in order:
+            beside = [part for m, part in sorted(done.items()) if m != n] if isinstance(self.parts[n], Fitted) else []
+            done[n] = measure(self.parts[n], beside)
+        return replace(self, parts=tuple(part for _, part in sorted(done.items())))
 
     def label(self) -> str:
         """The settings of each part that differ from its defaults."""

@@ -18,7 +18,7 @@ from torch.nn.functional import cosine_similarity
 import dita
 from dita.caching import MagCache, TaylorSeer
 from dita.config import Method
-from dita.errors import DitaError
+from dita.errors import DitaError, DitaWarning
 from dita.loop import Request
 from dita.schedulers.guidance import AdaptiveGuidance, CFGCache, CFGZero, LinearAG
 from dita.schedulers.guidance.adaptive import Similarity
@@ -127,12 +127,23 @@ def test_adaptive_guidance_calibrates_its_threshold() -> None:
         call(pipe, batch=2)
         steps = computed(dita.report(pipe).last, "uncond")
     assert steps == list(range(len(steps))) and 0 < len(steps) <= 4
+    assert config.threshold is not None
     later = replace(config, threshold=config.threshold + 1e-6)  # the least that does it
     with dita.accelerated(pipe, later):
         call(pipe, batch=2)
         assert len(computed(dita.report(pipe).last, "uncond")) > 4
     with pytest.raises(DitaError, match="no guided sampling loop"):
         dita.calibrate(TINY["flux"].build(), "adaptive-guidance", TINY["flux"].call)
+
+
+def test_adaptive_guidance_on_a_flow_without_a_threshold_is_warned_of() -> None:
+    assert AdaptiveGuidance().uncalibrated and not AdaptiveGuidance(threshold=0.991).uncalibrated
+    assert AdaptiveGuidance().policy(()).threshold == 0.991
+    flow = TINY["wan"].build()
+    with pytest.warns(DitaWarning, match="dita.calibrate"):
+        dita.accelerate_pipeline(flow, AdaptiveGuidance())
+    dita.accelerate_pipeline(flow, AdaptiveGuidance(threshold=0.991))  # warnings are errors
+    dita.accelerate_pipeline(TINY["dit"].build(), AdaptiveGuidance())
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (9, 11), (5, 12), (30, 52), (3, 4)])
@@ -332,7 +343,7 @@ def test_settings_out_of_range(cls: type[Method], settings: dict[str, object]) -
         cls(**settings)
 
 
-@pytest.mark.parametrize("method", [AdaptiveGuidance(of="clean"), CFGZero()], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [AdaptiveGuidance(threshold=0.9, of="clean"), CFGZero()], ids=lambda m: m.name)
 def test_schedulers_that_do_not_say_what_is_predicted_are_refused(method: Method) -> None:
     pipe: Any = TINY["flux-cfg"].build()
     pipe.scheduler = EDMEulerScheduler(prediction_type="epsilon")

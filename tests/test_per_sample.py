@@ -17,6 +17,8 @@ from dita.caching import AdaCache, DiCache, FirstBlockCache
 from dita.config import Method
 from dita.errors import DitaError, DitaWarning
 from dita.reporting import RunReport
+from dita.schedulers.guidance import GuidanceInterval
+from dita.schedulers.resolution import RALU
 
 OWN = [(method, tiny) for method, tiny in IN_TURN if not registry.get(method).joint]
 JOINT = sorted({method for method, _ in IN_TURN if registry.get(method).joint})
@@ -70,6 +72,23 @@ def test_nothing_skipped_is_the_plain_image_of_each(tiny: str) -> None:
     both = TINY[tiny].call(pipe, batch=2)
     for sample in (0, 1):
         assert torch.equal(both[sample : sample + 1], plain(tiny, first=sample))
+
+
+@pytest.mark.parametrize(
+    ("tiny", "config", "per_sample", "length", "whole"),
+    [("dit", GuidanceInterval(stop=0.5), True, 8, 12 / 16), ("flux", RALU((2, 2, 3)), False, 7, 3 / 7)],
+    ids=["per-sample", "ralu"],
+)
+def test_what_was_computed_is_counted_the_same_in_any_batch(
+    tiny: str, config: Method, per_sample: bool, length: int, whole: float
+) -> None:
+    pipe = dita.accelerate_pipeline(built(tiny), config, per_sample=per_sample)
+    for batch in (1, 3):
+        TINY[tiny].call(pipe, batch=batch)
+        run = dita.report(pipe).last
+        names = {record.branch for record in run.records}
+        assert batch == 1 or any(name.endswith("[2]") for name in names), "guard: samples ran one by one"
+        assert (run.length, run.computed_fraction) == pytest.approx((length, whole))
 
 
 @pytest.mark.parametrize("method", JOINT)

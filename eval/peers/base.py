@@ -47,6 +47,11 @@ class Peer:
     needs_calibration: ClassVar[bool] = False
 
     @property
+    def uncalibrated(self) -> bool:
+        """Whether a sweep calibrates it first."""
+        return self.needs_calibration
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The fields as a dictionary of plain values."""
         return {

@@ -12,9 +12,10 @@ Defaults: threshold 0.991 is published, for Stable Diffusion, which predicts noi
 0.994 and 0.996 are the authors' milder ones.
 
 Other models have other cosines. A flow's lies below noise's in large models and can lie above 0.991 from the first step
-in small ones. `dita.calibrate` sets the threshold to what gamma has reached at `share` of the user's own run, the least
-over its samples, so that none of them is guided for longer; it is a number like any other, and one from elsewhere can
-be given. With `of="clean"` the pictures
+in small ones: on the bundled fashion-flux and fashion-wan guidance then ends after 3 to 6 steps. `dita.calibrate` sets
+the threshold to what gamma has reached at `share` of the user's own run, the least over its samples, so that none of
+them is guided for longer; it is a number like any other, and one from elsewhere can be given. Without either, on flow
+matching a warning says so and 0.991 is taken. With `of="clean"` the pictures
 that the two branches see in the latents are compared instead, x0 = x - sigma v for a flow; their cosine goes to 1.
 
 Differs from the paper: the calibration and `of`. Of the output only what the solver steps is compared: no learned
@@ -23,6 +24,7 @@ variance, no tokens of a reference image.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -32,7 +34,7 @@ from torch.nn.functional import cosine_similarity
 
 from dita.anatomy import Anatomy
 from dita.config import check_number
-from dita.errors import DitaError
+from dita.errors import DitaError, DitaWarning
 from dita.loop import LoopVariables, Run
 from dita.registry import register
 from dita.schedulers.guidance.moment import Moment, refuse_stream
@@ -42,6 +44,7 @@ from dita.watching import watched
 
 COMPARED = ("output", "clean")
 _NEVER = 2.0
+_PUBLISHED = 0.991
 
 
 class Similarity(GuidancePolicy):
@@ -107,6 +110,13 @@ class Similarity(GuidancePolicy):
         return Level.of(scheduler, entry_of(scheduler, timestep, moment.position.index))
 
 
+def _flows(scheduler: Any) -> bool:
+    try:
+        return predicts(scheduler) == "flow"
+    except DitaError:
+        return False
+
+
 def cosine_at(history: list[list[float]], share: float) -> float:
     """The cosine that every sample of a run has reached at a share of it.
 
@@ -128,7 +138,8 @@ class AdaptiveGuidance(GuidanceMethod):
     """The settings of Adaptive Guidance.
 
     Attributes:
-        threshold: cosine from which a sample is no longer guided; above 1 all of the run is. `dita.calibrate` sets it.
+        threshold: cosine from which a sample is no longer guided; above 1 all of the run is. `dita.calibrate` sets it;
+            None is the published one, which holds where noise is predicted.
         of: what is compared: "output", or "clean", the picture that each branch sees in the latents.
         share: of the run after which a calibrated threshold ends guidance, at the latest.
 
@@ -140,13 +151,14 @@ class AdaptiveGuidance(GuidanceMethod):
         'threshold=0.994'
     """
 
-    threshold: float = 0.991
+    threshold: float | None = None
     of: str = "output"
     share: float = 0.55
 
     name: ClassVar[str] = "adaptive-guidance"
     title: ClassVar[str] = "Adaptive Guidance"
     arxiv: ClassVar[str] = "2312.12487"
+    trajectories: ClassVar[int] = 4
     axes: ClassVar[str] = "guidance; until the branches' cosine reaches a threshold; conditional output alone after"
     citation: ClassVar[str] = """@inproceedings{castillo2025adaptive,
   title={Adaptive Guidance: Training-free Acceleration of Conditional Diffusion Models},
@@ -158,7 +170,8 @@ class AdaptiveGuidance(GuidanceMethod):
 
     def validate(self) -> None:
         """Check ranges."""
-        check_number("threshold", self.threshold, -1, _NEVER)
+        if self.threshold is not None:
+            check_number("threshold", self.threshold, -1, _NEVER)
         check_number("share", self.share, 0, 1)
         if self.of not in COMPARED:
             raise DitaError(f"of is {self.of!r}; expected one of {', '.join(COMPARED)}")
@@ -167,11 +180,18 @@ class AdaptiveGuidance(GuidanceMethod):
         """See `SamplingMethod.make`."""
         if pipe is not None and self.of == "clean":
             predicts(pipe.scheduler)
+        if self.threshold is None and pipe is not None and _flows(pipe.scheduler):
+            text = (
+                f"adaptive-guidance has no threshold for this pipeline: {_PUBLISHED} was published for models that "
+                "predict noise, and this one predicts a flow. Measure one with guidance = dita.calibrate(pipe, "
+                '"adaptive-guidance", lambda p: p(...)), or give threshold= yourself'
+            )
+            warnings.warn(text, DitaWarning, stacklevel=2)
         return super().make(anatomies, pipe)
 
     def policy(self, anatomies: tuple[Anatomy, ...]) -> Similarity:
         """See `GuidanceMethod.policy`."""
-        return Similarity(self.threshold, self.of)
+        return Similarity(_PUBLISHED if self.threshold is None else self.threshold, self.of)
 
     def calibrated(self, pipe: Any, call: Callable[[Any], Any]) -> AdaptiveGuidance:
         """The same with the threshold that every sample has reached at `share` of a run of `call`.
@@ -185,6 +205,11 @@ class AdaptiveGuidance(GuidanceMethod):
         if not watcher.history:
             raise DitaError("the calibration call ran no guided sampling loop: it must run the pipeline with guidance")
         return self.replace(threshold=cosine_at(watcher.history, self.share))
+
+    @property
+    def uncalibrated(self) -> bool:
+        """See `Method.uncalibrated`."""
+        return self.threshold is None
 
     @classmethod
     def disabled(cls) -> AdaptiveGuidance:

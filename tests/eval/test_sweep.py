@@ -1,17 +1,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import dita
+from dita import registry
 from dita.caching import TaylorSeer
+from dita.caching.fitted import Fitted
+from dita.caching.fitted_table import FittedTable
 from dita.errors import DitaError
 from dita.eval import bench as bench_module
 from dita.eval import run_sweep
 from dita.eval.bench import Bench, Cost, merge
+from dita.eval.composition import Composition
 from dita.eval.evaluate import evaluate_pipeline
 from dita.eval.rows import read_rows
 from dita.eval.sampling import Sampling, check_pipeline, draw
@@ -32,8 +38,8 @@ def ignore(drawn, indices) -> None:
     pass
 
 
-def broken(needs_calibration: bool = False) -> Setting:
-    config = SimpleNamespace(needs_calibration=needs_calibration, to_dict=lambda: {"method": "broken"})
+def broken(uncalibrated: bool = False) -> Setting:
+    config = SimpleNamespace(name="broken", uncalibrated=uncalibrated, to_dict=lambda: {"method": "broken"})
     return Setting("broken", "always", 6, config)  # pyright: ignore[reportArgumentType]
 
 
@@ -96,6 +102,25 @@ def test_steps_that_a_method_leaves_out_count_once(make):
         assert rows[method]["flops_ratio"] == pytest.approx(rows[FEWER_STEPS]["flops_ratio"])
 
 
+def table_of(method: Any) -> FittedTable:
+    return method.table
+
+
+@pytest.mark.parametrize("method", ["adaptive-guidance", "guidance-interval"])
+def test_a_composition_calibrates_fitted_with_the_others_at_work(make, method):
+    bench = make().bench
+    config = Composition((Fitted(speedup=2.0), registry.get(method)()))
+    found = bench._calibrated(Setting(config.name, "both", 6, config))[0].config
+    assert isinstance(found, Composition) and not found.uncalibrated
+    fitted, guidance = found.parts
+    other = replace(SAMPLING, samples=Fitted.trajectories, seed=SAMPLING.seed + 1)
+    calls = [lambda pipe: draw(pipe, other, range(4), 6)]
+    with_it = dita.calibrate(bench.pipe, Fitted(speedup=2.0), calls=calls, beside=[guidance])
+    alone = dita.calibrate(bench.pipe, Fitted(speedup=2.0), calls=calls)
+    grams = [table_of(part).values["gram"] for part in (fitted, with_it, alone)]
+    assert grams[0] == grams[1] != grams[2]
+
+
 def test_a_finished_sweep_draws_nothing_again(make, monkeypatch):
     make().run(SETTINGS)
     before = make().results.read_bytes()
@@ -134,10 +159,10 @@ def test_changed_surroundings_run_again(make):
     assert len(read_rows(make().results)) == 4
 
 
-@pytest.mark.parametrize("needs_calibration", [False, True], ids=["attach", "calibrate"])
-def test_a_failing_setting_is_a_row_and_is_tried_again(make, needs_calibration):
+@pytest.mark.parametrize("uncalibrated", [False, True], ids=["attach", "calibrate"])
+def test_a_failing_setting_is_a_row_and_is_tried_again(make, uncalibrated):
     sweep = make()
-    settings = [*SETTINGS[:2], broken(needs_calibration), SETTINGS[3]]
+    settings = [*SETTINGS[:2], broken(uncalibrated), SETTINGS[3]]
     sweep.run(settings)
     rows = by_label(sweep)
     assert "Error: " in rows["always"]["error"]
