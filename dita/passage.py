@@ -144,10 +144,10 @@ def on_some_tokens(
 
 
 def record_of(position: Position, call: Call, model: str) -> StepRecord:
-    """What the report keeps of a call: sparse if in full but for its attention, partial on fewer tokens."""
+    """What the report keeps of a call: sparse or low-bit if in full but for its attention, partial on fewer tokens."""
     action, reason = call.action, call.reason
-    if action == "computed" and call.density < 1:
-        action = "sparse"
+    if action == "computed" and (call.density < 1 or call.fewer_bits):
+        action = "sparse" if call.density < 1 else "low-bit"
     if call.sparsely:
         reason = f"{reason}; {call.sparsely}" if reason else call.sparsely
     value = call.density if action == "sparse" and call.value is None else call.value

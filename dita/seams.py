@@ -109,6 +109,7 @@ class Call:
         note: what the run's report is to say about memory, "" for nothing new.
         density: share of the attention's pairs of tokens that were computed, over the layers that computed any.
         agree: of several ranks that work on one sample, returns what any of them wants; see `dita.agreement`.
+        fewer_bits: attention was computed in fewer bits than the model's.
         sparsely: why that share is what it is, "" where nothing took part in attention.
     """
 
@@ -126,6 +127,7 @@ class Call:
     reason: str = ""
     note: str = ""
     density: float = 1.0
+    fewer_bits: bool = False
     sparsely: str = ""
     schedule: Callable[[], Schedule | None] = field(default=lambda: None, repr=False)
     agree: Callable[..., tuple[bool, ...]] = field(default=lambda *wanted: wanted, repr=False)

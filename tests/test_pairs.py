@@ -64,6 +64,20 @@ def test_caches_meet_all_others(cache: str) -> None:
     assert torch.equal(call(TINY, pipe, ASKED), plain(TINY, 0, ASKED)[0])
 
 
+def test_a_cache_counts_what_it_computes_whatever_happens_inside_a_layer() -> None:
+    pipe = build(TINY)
+    cache = Setting("taylorseer").config(TINY)
+    with quietly():
+        call(TINY, dita.accelerate_pipeline(pipe, cache), ASKED)
+        alone = dita.report(pipe).last
+        assert 0 < alone.computed_fraction < 1
+        for name in (name for name in INSIDE if not registry.get(name).claims & cache.claims):
+            call(TINY, dita.accelerate_pipeline(pipe, Setting(name).config(TINY), cache), ASKED)
+            run = dita.report(pipe).last
+            assert (run.computed_fraction, run.computed_steps) == (alone.computed_fraction, alone.computed_steps), name
+            assert any(record.action in ("sparse", "low-bit") for record in run.records), name
+
+
 def test_every_two_meet() -> None:
     met = {frozenset(pair) for c in CACHING for a, b, g in triples(c) for pair in ((a, b), (a, g), (b, g))}
     inside = INSIDE if NIGHTLY else KINDS

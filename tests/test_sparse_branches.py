@@ -441,7 +441,7 @@ def test_sage_is_int8_attention() -> None:
     full = Attended(q, k, v, torch.ones(1, 1, 70, 70, dtype=torch.bool).tril())
     assert handler.attend(site, 0, call, full, lambda seen: seen.q) is q, "a mask by query"
     handler.end_call(call)
-    assert call.sparsely == "1 of 3 attentions in 8 bits" and call.action == "low-bit"
+    assert call.sparsely == "1 of 3 attentions in 8 bits" and call.fewer_bits and call.action == "computed"
 
 
 @pytest.mark.parametrize(

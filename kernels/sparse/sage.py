@@ -76,8 +76,7 @@ class LowBitHandler(Handler):
             return
         account = f"{self._rounded} of {self._rounded + self._whole} attentions in 8 bits"
         call.sparsely = f"{call.sparsely}; {account}" if call.sparsely else account
-        if self._rounded and call.action == "computed":
-            call.action = "low-bit"
+        call.fewer_bits = call.fewer_bits or self._rounded > 0
 
 
 @register
