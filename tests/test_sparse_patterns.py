@@ -366,7 +366,7 @@ def test_vmoba_exact_selection_by_query(layout: Layout, threshold: float, top: i
                 image[b, h, i] = torch.tensor([n in picked for n in number])
         if image.all():
             policy.attend(asked)
-            assert asked.density == 1 and "every block" in asked.reason
+            assert asked.density == 1 and "everything" in asked.reason
         else:
             check(policy, asked, image)
 

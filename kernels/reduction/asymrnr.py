@@ -113,8 +113,8 @@ class Asymmetric(Policy):
 
     def attend(self, asked: Asked) -> torch.Tensor:
         """Reduce, attend, restore."""
-        if self.warms_up(asked):
-            asked.reason = "dense warm-up step"
+        asked.reason = self.stays_dense(asked)
+        if asked.reason:
             return asked.dense()
         settings, layout = self.settings, asked.layout
         query_ratio, key_ratio = self.ratios(asked)

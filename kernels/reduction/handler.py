@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from dita.kernels.account import Account
+from dita.kernels.guards import steps_of
 from dita.kernels.reduction.matching import Grid
 from dita.kernels.reduction.shift import Watched
 from dita.kernels.sparse.handler import bytes_of
@@ -92,7 +92,7 @@ class ReductionHandler(Handler):
 
             return Watched(tokens, keep)
         position, (frames, rows, columns) = call.position, call.grid
-        if position.step < math.ceil(self.policy.dense_steps * position.steps - 1e-9):
+        if position.step < steps_of(self.policy.dense_steps, position.steps):
             return self._left("dense warm-up step")
         own, shared = self._state((site, occurrence, stream), tokens), self._state(stream, tokens)
         asked = Tokens(

@@ -6,8 +6,8 @@ arXiv 2502.21079.
 Score: the attention that each pair of blocks holds, exactly, W_pq = sum of exp(q_i k_j / sqrt(D) - LSE_i) over the
 pair (the paper's pseudocode prints log where exp is meant). Selection: every row of blocks of a head keeps equally
 many, and all text. A head of which these hold more than `recall` of its mass counts as easy: the n easy ones with the
-most get sparsity (1 + s) / 2, the n with the least (3 s - 1) / 2, so that the mean stays s. When: steps up to the first
-search are dense; a plan is used until the next search. Later searches reuse the log-sum-exp of the first.
+most get sparsity (1 + s) / 2, the n with the least (3 s - 1) / 2, so that the mean stays s. When: the first search ends
+the dense steps; a plan is used until the next search. Later searches reuse the log-sum-exp of the first.
 
 Differs from the paper: blocks on the diagonal are always kept; the paper does not say what happens where more than
 half of the heads are easy: n is at most half of them. There is no public code. At the first search the dense output,
@@ -16,7 +16,6 @@ which that search computes anyway, is the answer.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +26,7 @@ from dita.config import check_number, check_whole
 from dita.errors import DitaError
 from dita.kernels.block_mass import block_mass
 from dita.kernels.block_sparse import dense_attention
+from dita.kernels.guards import steps_of
 from dita.kernels.plan import BlockPlan
 from dita.kernels.sparse.base import SparseMethod
 from dita.kernels.sparse.layout import Cut
@@ -41,7 +41,7 @@ class MassSearch(Policy):
     Args:
         density: mean share of blocks kept.
         block: tokens of a block.
-        search: parts of the run at which the mass is measured.
+        search: parts of the run at which the mass is measured again.
         recall: share of its mass that an easy head keeps; above 1 for no difference between heads.
     """
 
@@ -50,8 +50,7 @@ class MassSearch(Policy):
 
     def attend(self, asked: Asked) -> torch.Tensor:
         """The first attention after the warm-up is dense and gives the log-sum-exp."""
-        busy = self.warms_up(asked) or asked.layer < self.dense_layers or self.density >= 1
-        if busy or "lse" in asked.state:
+        if self.stays_dense(asked) or self.density >= 1 or "lse" in asked.state:
             return super().attend(asked)
         out, asked.state["lse"] = dense_attention(asked.q, asked.k, asked.v, asked.scale, asked.key_mask)
         self._current(asked)
@@ -68,7 +67,7 @@ class MassSearch(Policy):
         lse, _ = cut.blocks(asked.state["lse"][..., None], self.block)
         mass = block_mass(queries, keys, present, cut.valid(asked.key_mask, present), lse[..., 0], asked.scale)
         keep = self._keep(mass, present.sum((2, 3)))
-        searches = [math.ceil(part * asked.steps - 1e-9) for part in self.search]
+        searches = [steps_of(part, asked.steps) for part in self.search]
         following = min((step for step in searches if step > asked.step), default=asked.steps)
         return cut.plan(top_per_row(mass, keep[..., None]), lifetime=following - asked.step - 1)
 
@@ -103,7 +102,8 @@ class AdaSpa(SparseMethod):
     Attributes:
         density: mean share of blocks kept; the paper's sparsity of 0.8 is a density of 0.2.
         block: tokens of a block.
-        search: parts of the run, ascending, at which blocks are searched; the first is the end of the dense steps.
+        search: parts of the run, ascending, at which blocks are searched. The first search is at the end of the dense
+            steps, so that parts before or at it stand for that one.
         recall: share of its mass that an easy head keeps; 2 makes all heads alike.
 
     Raises:

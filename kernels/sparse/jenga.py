@@ -5,7 +5,8 @@ Zhang et al., "Training-Free Efficient Video Generation via Dynamic Token Carvin
 Order: a generalised Hilbert curve through frames, rows and columns, cut into blocks of 128. Score: attention between
 block means, image only. Selection: the smallest set of a row whose shares exceed `mass`, but at least a share of the
 blocks, less in the second part of the run; all blocks with a token next to one of the row's, side by side or across a
-corner; and all text. When: at every step and layer, none dense.
+corner; and all text. When: at every step and layer, none dense; the first step of a stage, which the authors' step
+skipping always computes, is carved like the others.
 
 Differs from the paper: only AttenCarve is here. Its progressive resolution (ProRes), with the bias on text that goes
 with it, and its skipped steps belong to the sampling loop. The curve has no diagonal steps (see `orders`), the last
@@ -15,7 +16,6 @@ blocks on the diagonal are kept with or without neighbours.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -24,6 +24,7 @@ import torch
 from dita.anatomy import Anatomy
 from dita.config import check_number, check_whole
 from dita.errors import DitaError
+from dita.kernels.guards import steps_of
 from dita.kernels.sparse.base import SparseMethod
 from dita.kernels.sparse.layout import Cut, Layout
 from dita.kernels.sparse.orders import gilbert, touching
@@ -51,7 +52,7 @@ class Carve(Scored):
     def mask(self, asked: Asked, cut: Cut) -> torch.Tensor | None:
         """See `Scored.mask`."""
         settings = self.settings
-        late = asked.step >= math.ceil(settings.switch * asked.steps - 1e-9)
+        late = asked.step >= steps_of(settings.switch, asked.steps)
         least = max(1, int(settings.keep[late] * cut.columns + 1e-6))
         mask = top_mass(pooled_shares(asked, cut), settings.mass, least)
         if settings.neighbours:

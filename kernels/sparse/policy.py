@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from dita.kernels.block_sparse import block_sparse_attention
+from dita.kernels.guards import steps_of
 from dita.kernels.plan import BlockPlan
 from dita.kernels.sparse.layout import Layout
 
@@ -88,21 +88,31 @@ class Policy:
         """Answer an attention that is to be dense."""
         return asked.dense()
 
-    def warms_up(self, asked: Asked) -> bool:
-        """Say whether this step is one of the first, which stay dense."""
-        return asked.step < math.ceil(self.dense_steps * asked.steps - 1e-9)
+    def stays_dense(self, asked: Asked, ahead: int = 0) -> str:
+        """Why this attention is dense whatever a plan would say, in words; "" if it is not.
+
+        Args:
+            asked: the attention.
+            ahead: the same so many steps later.
+        """
+        if asked.step + ahead < steps_of(self.dense_steps, asked.steps):
+            return "dense warm-up step"
+        return "dense first layers" if asked.layer < self.dense_layers else ""
+
+    def not_worth(self, kept: float) -> str:
+        """Why computing so much of the attention, a density, is left to dense attention; "" if it is not."""
+        if kept >= 1:
+            return "the plan keeps everything"
+        return f"density {kept:.2f} is above the cut-off" if kept > self.cutoff else ""
 
     def attend(self, asked: Asked) -> torch.Tensor:
         """Answer an attention; sets `density` and `reason`."""
-        if self.warms_up(asked):
-            asked.reason = "dense warm-up step"
-            return self.watch(asked)
-        if asked.layer < self.dense_layers:
-            asked.reason = "dense first layers"
+        asked.reason = self.stays_dense(asked)
+        if asked.reason:
             return self.watch(asked)
         plan, kept = self._current(asked)
-        if plan is None or kept > self.cutoff or kept >= 1:
-            asked.reason = "the plan keeps everything" if kept >= 1 else f"density {kept:.2f} is above the cut-off"
+        asked.reason = self.not_worth(1.0 if plan is None else kept)
+        if plan is None or asked.reason:
             return self.watch(asked)
         asked.density = kept
         out, lse = self.attention(asked, plan)

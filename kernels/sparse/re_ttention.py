@@ -19,7 +19,6 @@ the blocks at most `reach` away, the largest reach whose density is not above `d
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -86,31 +85,30 @@ class Reshaped(Policy):
     def attend(self, asked: Asked) -> torch.Tensor:
         """Dense now and then; the window with its correction in between."""
         if asked.layer < self.dense_layers or self.density >= 1:
-            asked.reason = "dense first layers" if self.density < 1 else "the plan keeps everything"
+            asked.reason = self.stays_dense(asked) or self.not_worth(1.0)
             return asked.dense()
         if asked.layout not in self._plans:
             plan = self.plan(asked)
             self._plans[asked.layout] = plan, plan.kept(asked.layout.tokens, asked.layout.tokens)
         plan, kept = self._plans[asked.layout]
-        if kept > self.cutoff or kept >= 1:
-            asked.reason = "the plan keeps everything" if kept >= 1 else f"density {kept:.2f} is above the cut-off"
+        asked.reason = self.not_worth(kept)
+        if asked.reason:
             return asked.dense()
-        busy = self._busy(asked, asked.step)
+        busy = self._busy(asked)
         if busy or "rho" not in asked.state:
             asked.reason = busy or "nothing is known of this layer yet"
             last = asked.step + 1 >= asked.steps
-            return asked.dense() if last or self._busy(asked, asked.step + 1) else self._renew(asked, plan)
+            return asked.dense() if last or self._busy(asked, 1) else self._renew(asked, plan)
         asked.density = kept
         out, _ = self.attention(asked, plan)
         rho = asked.state["rho"]
         asked.state["rho"] = (rho + self.growth).clamp_max(1)
         return (rho[..., None] * out.float() + asked.state["residual"].float()).to(out.dtype)
 
-    def _busy(self, asked: Asked, step: int) -> str:
-        """Why a step is dense; "" if it is not."""
-        if step < math.ceil(self.dense_steps * asked.steps - 1e-9):
-            return "dense warm-up step"
-        return f"every {self.every} steps are dense" if step % self.every == 0 else ""
+    def _busy(self, asked: Asked, ahead: int = 0) -> str:
+        """Why this step, or one so many later, is dense; "" if it is not."""
+        every = f"every {self.every} steps are dense" if (asked.step + ahead) % self.every == 0 else ""
+        return self.stays_dense(asked, ahead) or every
 
     def _renew(self, asked: Asked, plan: BlockPlan) -> torch.Tensor:
         """The dense output; keeps what the window would miss of it."""

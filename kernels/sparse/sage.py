@@ -18,7 +18,6 @@ layers are alike. Low-rank keys with large means of queries (smoothing of querie
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -29,6 +28,7 @@ from dita.anatomy import Anatomy
 from dita.attention_view import Attended
 from dita.config import Method, check_number, check_whole
 from dita.errors import DitaError
+from dita.kernels.guards import steps_of
 from dita.kernels.int8_attention import int8_attention
 from dita.registry import register
 from dita.seams import Call, Handler, Site
@@ -59,7 +59,7 @@ class LowBitHandler(Handler):
         self, site: Site, occurrence: int, call: Call, seen: Attended, plain: Callable[[Attended], torch.Tensor]
     ) -> torch.Tensor:
         """Answer in 8 bits where a mask allows it."""
-        early = call.position.step < math.ceil(self.dense_steps * call.position.steps - 1e-9)
+        early = call.position.step < steps_of(self.dense_steps, call.position.steps)
         masked = seen.causal or (seen.mask is not None and seen.key_mask is None)
         if early or masked or site in self._spared:
             self._whole += 1

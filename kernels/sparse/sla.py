@@ -12,7 +12,8 @@ Projections start at zero: untrained, this is plain top-k. The authors train the
 steps. `dita.kernels.sparse.sla_training.train_sla` trains the projections alone, against the model's own dense output,
 so that the model stays as it is and less is won; published checkpoints do not fit, for their models differ too.
 
-Differs from the paper: blocks on the diagonal are always kept. As in the authors' code the linear branch runs over all
+Differs from the paper: blocks on the diagonal are always kept, and the first steps are dense by default, of which a
+model trained with SLA needs none (`dense_steps=0`). As in the authors' code the linear branch runs over all
 keys; the paper leaves out those that are kept and those of least score.
 """
 

@@ -25,6 +25,7 @@ import torch
 from dita.anatomy import Anatomy
 from dita.errors import DitaError
 from dita.kernels.block_sparse import block_sparse_attention
+from dita.kernels.guards import steps_of
 from dita.kernels.plan import BlockPlan
 from dita.kernels.sparse.base import SparseMethod
 from dita.kernels.sparse.handler import SparseHandler
@@ -114,7 +115,7 @@ class TrainingHandler(SparseHandler):
             exact = run()
         finally:
             policy.teaching = False
-        if call.position.step < policy.dense_steps * call.position.steps - 1e-9:
+        if call.position.step < steps_of(policy.dense_steps, call.position.steps):
             return exact
         with torch.set_grad_enabled(training.rate > 0):
             outputs = run()

@@ -14,7 +14,8 @@ How: a selection by query is no plan over blocks of queries. In rounds, every qu
 picked; in a round the queries are put together by block, and the rounds are joined by their log-sum-exp. The result is
 exact, and so is the density.
 
-Differs from the paper: it is made for training, and its settings for use without training are not published; blocks
+Differs from the paper: it is made for training, and its settings for use without training are not published: the first
+steps are dense by default, as with the other methods here (`dense_steps=0` for none). Blocks
 are given as numbers of parts of each axis, those of the authors' cost estimate for 21 x 20 x 32 tokens, and axes are
 cut into parts of nearly equal length where they are not divisible. Text among the tokens, of which the paper says
 nothing, sees and is seen by all. In an image rows take the place of frames in 1-D.
@@ -111,7 +112,7 @@ class Mixture(Policy):
 
     def attend(self, asked: Asked) -> torch.Tensor:
         """Select, attend round by round, and join."""
-        if self.warms_up(asked) or asked.layer < self.dense_layers:
+        if self.stays_dense(asked):
             return super().attend(asked)
         layout, (image, text) = asked.layout, (asked.layout.visual_slice, asked.layout.text_slice)
         if "blocks" not in asked.state:
@@ -125,8 +126,8 @@ class Mixture(Policy):
         seen = select_blocks(q.float() @ means.mT, own, self.threshold, self.scope, self.top)
         pairs = float((seen.double() @ sizes.double()).sum(-1).mean()) + layout.visual * layout.text
         kept = (pairs + layout.text * layout.tokens) / layout.tokens**2
-        if kept > self.cutoff or kept >= 1:
-            asked.reason = "every block is picked" if kept >= 1 else f"density {kept:.2f} is above the cut-off"
+        asked.reason = self.not_worth(kept)
+        if asked.reason:
             return self.watch(asked)
         asked.density = kept
         mask = None if asked.key_mask is None else asked.key_mask[:, image]

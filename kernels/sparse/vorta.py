@@ -17,7 +17,8 @@ show: its router is refused.
 
 Differs from the paper: routing by calibration is not in it. Grids need not be multiples of windows and tiles: short
 windows keep half of what they have, and short tiles have empty places. Tiles shrink until an axis has about four of
-them, at most `tile`, so that a window of three is not the whole. Two experts (Wan 2.2) share one calibration.
+them, at most `tile`, so that a window of three is not the whole. Two experts (Wan 2.2) share one calibration. The first
+steps are dense by default, as with the other methods here; the authors leave that to their router (`dense_steps=0`).
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ class Routed(Policy):
 
     def attend(self, asked: Asked) -> torch.Tensor:
         """Group the heads and compute the groups."""
-        if self.warms_up(asked) or asked.layer < self.dense_layers:
-            asked.reason = "dense warm-up step" if self.warms_up(asked) else "dense first layers"
+        asked.reason = self.stays_dense(asked)
+        if asked.reason:
             return asked.dense()
         branches = list(self.route(asked))
         if len(branches) != asked.q.shape[1]:
@@ -113,8 +114,8 @@ class Routed(Policy):
             )
         _, sliding, _, share = self.parts(asked)
         density = sum((1.0, share, sliding)[branch] for branch in branches) / len(branches)
-        if density >= 1 or density > self.cutoff:
-            asked.reason = "all heads are dense" if density >= 1 else f"density {density:.2f} is above the cut-off"
+        asked.reason = self.not_worth(density)
+        if asked.reason:
             return asked.dense()
         asked.density = density
         out = torch.empty_like(asked.q)
@@ -154,7 +155,7 @@ class Measuring(Routed):
     def attend(self, asked: Asked) -> torch.Tensor:
         """Dense."""
         exact = asked.dense()
-        if self.warms_up(asked) or asked.layer < self.dense_layers:
+        if self.stays_dense(asked):
             return exact
         heads, wide = list(range(asked.q.shape[1])), exact.double()
         size = wide.square().sum((0, 2, 3)).clamp_min(1e-30)

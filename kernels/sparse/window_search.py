@@ -168,7 +168,7 @@ class WindowSearch(Policy):
         """Dense, with the windows tried beside it."""
         self.dense_steps, self.dense_layers = self._dense
         exact = asked.dense()
-        if self.warms_up(asked) or asked.layer < self.dense_layers:
+        if self.stays_dense(asked):
             return exact
         found = self.found
         if found.grid != asked.layout.grid:
