@@ -32,6 +32,7 @@ from dita.caching.lightcache import LightCache
 from dita.caching.magcache import MagCache
 from dita.caching.magnitude import MagnitudeTable
 from dita.caching.pab import PAB
+from dita.caching.policy import Guards
 from dita.caching.profilingdit import ProfilingDiT
 from dita.caching.qandc import QandC
 from dita.caching.smoothcache import SmoothCache
@@ -64,6 +65,7 @@ __all__ = [
     "FoCa",
     "Foresight",
     "FreqCa",
+    "Guards",
     "HarmoniCa",
     "HiCache",
     "HyCa",

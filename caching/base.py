@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dita.anatomy import Anatomy
 from dita.caching.budget import BudgetHandler, Form
 from dita.caching.engine import CacheHandler, Recipe
+from dita.caching.policy import Guards
 from dita.caching.storage import Storage
 from dita.config import Method, check_whole
 from dita.errors import DitaError
@@ -27,17 +28,22 @@ class CachingMethod(Method):
         keep_as: "" as computed, "bf16" or "fp16": halves what float32 features take.
         max_cache_bytes: most bytes held at a time, shared evenly by the pipeline's transformers; 0 for no limit. What
             would hold more gives way, see `dita.caching.budget`, and the report says how.
+        guards: limits on what is skipped besides the method's own, as a mapping or `dita.caching.Guards`, such as
+            {"warmup": 4, "tail": 1, "max_consecutive": 3, "forced": [10, 20]}. Where a limit forbids a skip, the whole
+            step is computed, and the method goes on from there; schedules keep counting steps, not computed ones.
     """
 
     keep_on: str = field(default="device", kw_only=True)
     keep_as: str = field(default="", kw_only=True)
     max_cache_bytes: int = field(default=0, kw_only=True)
+    guards: Guards | Mapping[str, Any] = field(default=Guards(), kw_only=True)
 
     claims: ClassVar[frozenset[str]] = frozenset({"which steps are reused"})
 
     def __post_init__(self) -> None:
         self.storage()
         check_whole("max_cache_bytes", self.max_cache_bytes, 0)
+        object.__setattr__(self, "guards", Guards.of(self.guards))
         super().__post_init__()
 
     def storage(self) -> Storage:
@@ -47,6 +53,16 @@ class CachingMethod(Method):
     def recipe(self, anatomy: Anatomy) -> Recipe:
         """The method on the engine's axes, for one model."""
         raise NotImplementedError(f"{type(self).__name__} must define recipe()")
+
+    def cached(self, anatomy: Anatomy) -> CacheHandler:
+        """The engine with the method's recipe and the user's guards, on one model.
+
+        Raises:
+            DitaError: the model lacks what the method needs.
+        """
+        recipe = self.recipe(anatomy)
+        recipe = replace(recipe, guards=recipe.guards.joined(Guards.of(self.guards)))
+        return CacheHandler(recipe, anatomy, self.name, self.storage())
 
     def coarser(self) -> Self | None:
         """The next setting that keeps less, for a memory budget; None if there is none.
@@ -65,7 +81,7 @@ class CachingMethod(Method):
         setting: Self | None = self
         while setting is not None:
             try:
-                handler = CacheHandler(setting.recipe(anatomy), anatomy, self.name, setting.storage())
+                handler = setting.cached(anatomy)
             except DitaError:
                 if setting is self:
                     raise
@@ -90,4 +106,4 @@ class CachingMethod(Method):
         """See `Method.handler`."""
         if self.max_cache_bytes:
             return BudgetHandler(tuple(self.forms(anatomy)), self.name, self.max_cache_bytes)
-        return CacheHandler(self.recipe(anatomy), anatomy, self.name, self.storage())
+        return self.cached(anatomy)

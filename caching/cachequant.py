@@ -31,7 +31,7 @@ from dita.caching.table import CalibratedMethod, Measurement, Recorder, TablePol
 from dita.config import check_whole
 from dita.errors import DitaError
 from dita.registry import register
-from dita.seams import Call, Features, Site
+from dita.seams import Call, Features, Position, Site
 from dita.table import Table, has_form, nearest_index, table_for
 
 
@@ -131,16 +131,21 @@ class Affine(Forecast):
     table: SegmentTable = field(default_factory=lambda: SegmentTable({}))
 
     def forecast(self, history: History, base: Features, site: Site, call: Call) -> Features:
-        """See `Forecast.forecast`; the text stream is reused."""
+        """See `Forecast.forecast`; the text stream is reused, and so is a step that is not the head (a guard's)."""
         plain = history.combine([1.0], base)
         rows = self.rows.get(f"{site.name}, {stream_key(call.position)}")
-        fitted = self.table.nearest(rows, call.position) if rows else None
+        fitted = self.table.nearest(rows, call.position) if rows and self._fitted_to(history, call.position) else None
         newest = history.newest[0]
         if fitted is None or newest is None or fitted.shape[-1] != newest.shape[-1]:
             return plain
         scale, shift = fitted.to(newest.device)
         start = shift if not base or base[0] is None else base[0].float() + shift
         return ((newest.float() * scale + start).to(newest.dtype), *plain[1:])
+
+    def _fitted_to(self, history: History, position: Position) -> bool:
+        """Whether the newest step kept is the head that this step's correction was fitted to."""
+        now, newest = position.index, history.steps[0] + position.index - position.step
+        return newest == max((head for head in self.table.values["heads"] if head <= now), default=0)
 
     @cached_property
     def rows(self) -> dict[str, list[torch.Tensor | None]]:

@@ -97,19 +97,17 @@ class Clusters(FixedInterval):
     ) -> None:
         super().__init__(interval, warmup)
         self.clusters, self.share, self.seed, self.row_wise, self.text = clusters, share, seed, row_wise, text
-        self._full = True
         self._labels: list[torch.Tensor | None] = [None, None]
         self._centroids: list[torch.Tensor | None] = [None, None]
 
     def decide(self, view: View) -> Verdict:
         """Follow the schedule."""
         verdict = super().decide(view)
-        self._full = verdict.compute
         return verdict if verdict.compute else Verdict(False, verdict.reason, fresh=self._picker(view))
 
     def saw(self, site: Site, inputs: Features, outputs: Features, view: View) -> None:
         """Cluster the image and the text tokens that leave the watched block."""
-        if site.kind != "span" or not self._full:
+        if site.kind != "span" or not view.computing:
             return
         for stream, tokens in enumerate((*outputs, None)[:2]):
             self._labels[stream] = None

@@ -190,6 +190,7 @@ class CacheHandler(Handler):
         if verdict is None:
             verdict = self._verdict = self._decide(call)
             call.value, call.reason = verdict.value, verdict.reason
+            self._make_view(call).computing = verdict.compute
         if verdict.compute or (verdict.computes is not None and call.agree(verdict.computes(site))[0]):
             return True
         # A site without a past cannot be skipped, whatever the policy says.

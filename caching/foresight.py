@@ -44,12 +44,10 @@ class LayerThresholds(Policy):
         self._block = {parts[-1]: number for number, parts in enumerate(pieces)}
         self._limits: dict[int, torch.Tensor] = {}
         self._changes: dict[int, torch.Tensor] = {}
-        self._full = True
 
     def decide(self, view: View) -> Verdict:
         """Look for the block to resume behind."""
         step = view.position.local_step
-        self._full = True
         if self.gamma <= 0 or step < self.warmup:
             return Verdict(True, "warm-up" if self.gamma > 0 else "gamma 0")
         if (step - self.warmup) % self.refresh == 0:
@@ -57,7 +55,6 @@ class LayerThresholds(Policy):
         trusted = [n for n, limit in self._limits.items() if bool((self._changes[n] <= limit).all())]
         if not trusted:
             return Verdict(True, "no block within its threshold")
-        self._full = False
         deepest = max(trusted)
         skipped = frozenset(self.pieces[deepest])
         reason = f"resumed behind block {deepest}"
@@ -66,7 +63,7 @@ class LayerThresholds(Policy):
     def saw(self, site: Site, inputs: Features, outputs: Features, view: View) -> None:
         """Measure a block's change against the output that is kept of it."""
         number, new, old = self._block.get(site), outputs[0], (*view.kept(site), None)[0]
-        if not self._full or number is None or new is None or old is None:
+        if not view.computing or number is None or new is None or old is None:
             return
         self._changes[number] = (new.float() - old.float()).square().flatten(1).mean(1)
         if view.position.local_step < self.warmup:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
 from dita.attention_view import Attended
+from dita.config import check_whole
+from dita.errors import DitaError
 from dita.response import Schedule
 from dita.seams import Features, Fresh, Position, Site
 
@@ -30,6 +33,7 @@ class View:
         block_change: after a computed step, the mean over blocks of the relative L1 change of each block's output since
             the last computed step, per sample [B]; None for the first.
         schedule: returns the run's timesteps, None where they are not known.
+        computing: once it is decided, whether the whole step is computed, on the policy's word or not.
     """
 
     position: Position
@@ -44,6 +48,7 @@ class View:
     residual: torch.Tensor | None = None
     block_change: torch.Tensor | None = None
     schedule: Callable[[], Schedule | None] = lambda: None
+    computing: bool = True
 
 
 @dataclass(frozen=True)
@@ -136,32 +141,103 @@ class Policy:
 
 @dataclass(frozen=True)
 class Guards:
-    """Limits that hold whatever the policy says.
+    """Limits that hold whatever the policy says; a recipe has its own, and the user's are joined to them.
 
     Attributes:
         warmup: first steps that are always computed; the very first always is.
         tail: last steps that are always computed.
         max_consecutive: skips in a row, -1 for no limit.
         max_total: skips per run and stream, -1 for no limit.
+        forced: steps of the run that are always computed, in any order, counted from 0, or from the end by negative
+            numbers (-1 is the last). A mask of ones and zeros, as cache-dit takes it, is the numbers of its ones.
+
+    Raises:
+        DitaError: a number out of range.
+
+    Example:
+        >>> print(Guards(tail=1, forced=[20, 10]))
+        tail:1,forced:10/20
     """
 
     warmup: int = 0
     tail: int = 0
     max_consecutive: int = -1
     max_total: int = -1
+    forced: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        for name, low in (("warmup", 0), ("tail", 0), ("max_consecutive", -1), ("max_total", -1)):
+            check_whole(f"the guard {name}", getattr(self, name), low)
+        given: Any = self.forced
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise DitaError(f"the guard forced is {given!r}; expected a list of step numbers")
+        steps = list(given)
+        for step in steps:
+            check_whole("a step in the guard forced", step, -1_000_000)
+        object.__setattr__(self, "forced", tuple(sorted(set(steps))))
+
+    @classmethod
+    def of(cls, given: Guards | Mapping[str, Any]) -> Guards:
+        """Guards, or a mapping such as {"tail": 1, "forced": [10, 20]} as guards.
+
+        Raises:
+            DitaError: neither, an unknown guard, or a number out of range.
+        """
+        if isinstance(given, Guards):
+            return given
+        names = [field.name for field in fields(cls)]
+        if not isinstance(given, Mapping) or not set(given) <= set(names):
+            raise DitaError(f"guards is {given!r}; expected a mapping with some of {', '.join(names)}")
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Those that are set, as plain values."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.default != ()}
+        set_ones = {name: value for name, value in values.items() if value != getattr(Guards, name)}
+        return set_ones | ({"forced": list(self.forced)} if self.forced else {})
+
+    def __str__(self) -> str:
+        parts = {name: "/".join(map(str, v)) if name == "forced" else v for name, v in self.to_dict().items()}
+        return ",".join(f"{name}:{value}" for name, value in parts.items())
+
+    def joined(self, other: Guards) -> Guards:
+        """What satisfies both.
+
+        Example:
+            >>> print(Guards(warmup=3, max_total=9).joined(Guards(warmup=1, max_consecutive=2)))
+            warmup:3,max_consecutive:2,max_total:9
+        """
+        return Guards(
+            max(self.warmup, other.warmup),
+            max(self.tail, other.tail),
+            _stricter(self.max_consecutive, other.max_consecutive),
+            _stricter(self.max_total, other.max_total),
+            (*self.forced, *other.forced),
+        )
 
     def verdict(self, view: View, skipped: int) -> Verdict | None:
-        """A verdict if a guard forces one."""
+        """A verdict if a guard forces one.
+
+        Args:
+            view: the call.
+            skipped: steps of the run and stream so far.
+        """
         position = view.position
         if position.local_step < self.warmup:
             return Verdict(True, "warm-up")
         if position.step >= position.steps - self.tail:
             return Verdict(True, "tail")
+        if position.step in self.forced or position.step - position.steps in self.forced:
+            return Verdict(True, "forced")
         if 0 <= self.max_consecutive <= view.skipped_in_row:
             return Verdict(True, "max_consecutive")
         if 0 <= self.max_total <= skipped:
             return Verdict(True, "max_total")
         return None
+
+
+def _stricter(one: int, other: int) -> int:
+    return min(limits) if (limits := [limit for limit in (one, other) if limit >= 0]) else -1
 
 
 @dataclass

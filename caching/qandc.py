@@ -24,6 +24,7 @@ samples across steps for the ranges of a quantiser; a K per step has only that s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -32,7 +33,7 @@ import torch
 
 from dita.anatomy import Anatomy
 from dita.caching.engine import Recipe
-from dita.caching.policy import Periodic, Verdict, View
+from dita.caching.policy import Guards, Periodic, Verdict, View
 from dita.caching.table import CalibratedMethod, Measurement, Recorder, TablePolicy, measure
 from dita.config import check_number, check_whole
 from dita.errors import DitaError
@@ -134,7 +135,7 @@ class QandC(CalibratedMethod):
         scale: how K is had: "least-squares", "ratio" (of standard deviations), "published" (eq. 12 as printed), or
             "none" for the cache alone, which needs no calibration.
         floor: least |x'| that is divided by, in standard deviations of the channel.
-        table: mu and K, from `dita.calibrate`, for this interval, scale and floor.
+        table: mu and K, from `dita.calibrate`, for this interval, scale, floor and guards.
 
     Raises:
         DitaError: a setting out of range; on attaching, no calibration, or one of another model or setting.
@@ -175,7 +176,7 @@ class QandC(CalibratedMethod):
         if self.interval == 1 or self.scale == "none":
             return Recipe(what="module", when=lambda: Periodic(self.interval), keep="output")
         table = table_for(self.name, self.table, anatomy)
-        made = {name: table.values[name] for name in self._conditions()}
+        made = {name: value for name, value in table.values.items() if name != "rows"}
         if made != self._conditions():
             raise DitaError(f"this calibration is for {made}, not for {self._conditions()}: calibrate again")
         rows = [tuple(map(torch.tensor, row)) if row else None for row in table.values["rows"]]
@@ -193,7 +194,8 @@ class QandC(CalibratedMethod):
         return Recipe(what="module", when=lambda: CheckedPeriodic(self.interval, table), keep="output", correct=correct)
 
     def _conditions(self) -> dict[str, Any]:
-        return {"interval": self.interval, "scale": self.scale, "floor": float(self.floor)}
+        guards = {"guards": str(self.guards)} if str(self.guards) else {}
+        return {"interval": self.interval, "scale": self.scale, "floor": float(self.floor), **guards}
 
     def calibrated(self, pipe: Any, call: Callable[[Any], Any]) -> QandC:
         """Make one full run and one cached run; the pipeline comes back as it was.
@@ -231,7 +233,9 @@ class QandC(CalibratedMethod):
                 found[position.index] = (mean.tolist(), factor.tolist())
                 return compensate(latents, mean, factor, axis)
 
-            return Recipe(what="module", when=lambda: _Recorder(sink, self.interval), keep="output", correct=fit)
+            guards = Guards.of(self.guards)
+            when = functools.partial(_Recorder, sink, self.interval)
+            return Recipe(what="module", when=when, keep="output", guards=guards, correct=fit)
 
         sink = measure(pipe, call, cached)
         # A step that the run left out (image-to-image) has no row.
