@@ -19,30 +19,24 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dita.anatomy import Anatomy
-from dita.caching.base import CachingMethod
+from dita.caching.base import ForecastingMethod
 from dita.caching.engine import Recipe
-from dita.caching.forecast import Forecast
+from dita.caching.forecast import Forecast, SelfFeeding
 from dita.caching.policy import Periodic
 from dita.config import check_whole
 from dita.registry import register
 
 
-class PushingForecast(Forecast):
-    """A forecast whose results are anchors of later ones."""
-
-    keeps_forecasts = True
-
-
 @register
 @dataclass(frozen=True)
-class ABCache(CachingMethod):
+class ABCache(ForecastingMethod):
     """AB-Cache's settings; the defaults are those published for FLUX.
 
     Attributes:
         interval: steps whose number is a multiple of it are computed; 1 computes all.
         warmup: first steps that are all computed; at least `points`, so that the queue is full.
         points: outputs extrapolated from, 1 (reuse) to 5; 2 is the headline setting. The sum of |weights| is
-            2^points - 1, by which noise in the outputs is multiplied.
+            2^points - 1, by which noise in the outputs is multiplied, and more with every forecast that is pushed.
         push_forecasts: forecasts enter the queue too.
 
     Raises:
@@ -79,11 +73,11 @@ class ABCache(CachingMethod):
 
     def recipe(self, anatomy: Anatomy) -> Recipe:
         """Fixed interval over the model's output."""
-        kind = PushingForecast if self.push_forecasts else Forecast
+        kind = SelfFeeding if self.push_forecasts else Forecast
         return Recipe(
             what="model",
             when=lambda: Periodic(self.interval, self.warmup),
-            how=kind(self.points - 1, "binomial"),
+            how=kind(self.points - 1, "binomial", amplification=self.amplification),
             keep="output",
         )
 

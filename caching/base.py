@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dita.anatomy import Anatomy
 from dita.caching.budget import BudgetHandler, Form
 from dita.caching.engine import CacheHandler, Recipe
+from dita.caching.forecast import Forecast
 from dita.caching.policy import Guards
 from dita.caching.storage import Storage
 from dita.config import Method, check_whole
@@ -107,3 +108,19 @@ class CachingMethod(Method):
         if self.max_cache_bytes:
             return BudgetHandler(tuple(self.forms(anatomy)), self.name, self.max_cache_bytes)
         return self.cached(anatomy)
+
+
+@dataclass(frozen=True)
+class ForecastingMethod(CachingMethod):
+    """A caching method whose forecast's weights can grow far above 1, where anchors are close and the step is not.
+
+    Attributes:
+        amplification: limit on the sum of |weights|, by which rounding and noise in the computed features are
+            multiplied, kept by lowering the order of the forecast; 0 for none, as published. See `Forecast`.
+    """
+
+    amplification: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        Forecast(amplification=self.amplification)
+        super().__post_init__()

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 
 from dita.anatomy import Anatomy
-from dita.caching.base import CachingMethod
+from dita.caching.base import ForecastingMethod
 from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast
 from dita.caching.history import History
@@ -82,7 +82,7 @@ class ForecastGate(Policy):
 
 @register
 @dataclass(frozen=True)
-class CGTaylor(CachingMethod):
+class CGTaylor(ForecastingMethod):
     """CG-Taylor's settings; the defaults are FLUX's.
 
     Attributes:
@@ -129,8 +129,8 @@ class CGTaylor(CachingMethod):
         """The trunk's output behind the first block."""
         return Recipe(
             what="trunk",
-            when=lambda: ForecastGate(self.threshold, Forecast(self.probe_order)),
-            how=Forecast(self.order),
+            when=lambda: ForecastGate(self.threshold, Forecast(self.probe_order, amplification=self.amplification)),
+            how=Forecast(self.order, amplification=self.amplification),
             keep="output",
             guards=Guards(self.warmup, tail=1),
         )

@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 
 from dita.anatomy import Anatomy
-from dita.caching.base import CachingMethod
+from dita.caching.base import ForecastingMethod
 from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast
 from dita.caching.history import Entry, History
@@ -42,15 +42,18 @@ from dita.seams import Features, Fresh, Site
 
 
 class Ladder(History):
-    """TaylorSeer's differences D_0, D_1, ... in place of anchors: what is done to D_0 leaves D_1 alone."""
+    """TaylorSeer's differences D_0, D_1, ... in place of anchors: what is done to D_0 leaves D_1 alone.
 
-    def push(self, step: int, features: Features, real: bool = True) -> None:
+    The step of D_j is that of the anchor that it took in last, so that `steps` are a history's.
+    """
+
+    def push(self, step: int, features: Features, made: Mapping[int, float] | None = None) -> None:
         """Climb: D_0 is the feature, D_{j+1} the change of D_j since the last push, per step."""
-        rungs = [features]
+        rungs, climbed = [features], [step, *self.steps]
         for entry in self._entries[: self.length - 1]:
             old = self._storage.get(entry.features, self._like)
-            rungs.append(tuple(_slope(n, o, step - entry.step) for n, o in zip(rungs[-1], old, strict=True)))
-        self._keep([Entry(step, rung) for rung in rungs])
+            rungs.append(tuple(_slope(n, o, step - climbed[1]) for n, o in zip(rungs[-1], old, strict=True)))
+        self._keep([Entry(at, rung) for at, rung in zip(climbed, rungs, strict=False)])
 
 
 def _slope(new: torch.Tensor | None, old: torch.Tensor | None, gap: int) -> torch.Tensor | None:
@@ -66,13 +69,16 @@ class LadderForecast(Forecast):
         return Ladder(self.anchors, None, storage)
 
     def weights(self, step: int, anchors: Sequence[int]) -> list[float]:
-        """k^j / j! for rung j, all of which were last climbed at the newest computed step.
+        """k^j / j! for rung j; those that the anchors' own weights would amplify too much are left out.
 
         Example:
-            >>> LadderForecast(order=2).weights(8, [6, 6, 6])
+            >>> LadderForecast(order=2).weights(8, [6, 5, 4])
             [1.0, 2.0, 2.0]
+            >>> LadderForecast(order=2, amplification=5).weights(8, [6, 5, 4])
+            [1.0, 2.0]
         """
-        return [(step - anchors[0]) ** j / factorial(j) for j in range(len(anchors))]
+        rungs = len(super().weights(step, anchors))
+        return [(step - anchors[0]) ** j / factorial(j) for j in range(rungs)]
 
 
 class Clusters(FixedInterval):
@@ -157,7 +163,7 @@ class Clusters(FixedInterval):
 
 @register
 @dataclass(frozen=True)
-class ClusCa(CachingMethod):
+class ClusCa(ForecastingMethod):
     """ClusCa's settings; the defaults are FLUX's.
 
     Attributes:
@@ -216,7 +222,7 @@ class ClusCa(CachingMethod):
         return Recipe(
             what="module",
             when=lambda: Clusters(self.interval, self.warmup, self.clusters, self.share, self.seed, row_wise, text),
-            how=LadderForecast(self.order),
+            how=LadderForecast(self.order, amplification=self.amplification),
             keep="output",
             watch=(anatomy.span(last, last),) if self.interval > 1 else (),
             oldest_anchor=self.warmup - 2,

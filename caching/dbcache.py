@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 
 from dita.anatomy import Anatomy
-from dita.caching.base import CachingMethod
+from dita.caching.base import ForecastingMethod
 from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast
 from dita.caching.policy import Guards, Policy, Verdict, View, relative_l1
@@ -73,7 +73,7 @@ class ProbeGate(Policy):
 
 @register
 @dataclass(frozen=True)
-class DBCache(CachingMethod):
+class DBCache(ForecastingMethod):
     """DBCache's settings; the defaults are cache-dit's.
 
     Attributes:
@@ -130,7 +130,7 @@ class DBCache(CachingMethod):
         return Recipe(
             what="span",
             when=lambda: ProbeGate(self.fn, self.threshold),
-            how=Forecast(self.order, self.basis),
+            how=Forecast(self.order, self.basis, amplification=self.amplification),
             guards=Guards(self.warmup, max_consecutive=self.max_consecutive, max_total=self.max_total),
             first=self.fn,
             last=-1 - self.bn,

@@ -349,11 +349,9 @@ class CacheHandler(Handler):
             if site.kind == "model":  # of what it puts out besides, such as sound, the output itself is kept
                 base = (matching(inputs[0], history.newest[0]), *(None for _ in history.newest[1:]))
         weights = None if self._verdict is None else self._verdict.weights
-        forecast = how.forecast(history, base, site, call) if weights is None else history.combine(weights, base)
         plain = (len(history.steps) if weights is None else len(weights)) == 1 or (how.order == 0 and weights is None)
+        forecast = how.forecast(history, base, site, call) if weights is None else history.combine(weights, base)
         call.action = "reused" if plain else "forecast"
-        if how.keeps_forecasts:
-            history.push(call.position.step, forecast, real=False)
         if self._keeps_ends(site):
             return (forecast[0], inputs[1])
         return forecast

@@ -16,25 +16,23 @@ as the gap is long, and it fades into reuse.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from dita.anatomy import Anatomy
-from dita.caching.base import CachingMethod
+from dita.caching.base import ForecastingMethod
 from dita.caching.engine import Recipe
-from dita.caching.forecast import Forecast
-from dita.caching.history import Entry, History
+from dita.caching.forecast import SelfFeeding
+from dita.caching.history import Entry
 from dita.caching.policy import FixedInterval
 from dita.config import check_whole
 from dita.registry import register
-from dita.seams import Call, Features, Site
 
 
 @dataclass(frozen=True)
-class PredictCorrect(Forecast):
-    """FoCa's forecast: BDF2, then Heun, over a window that forecasts enter."""
-
-    keeps_forecasts: ClassVar[bool] = True
+class PredictCorrect(SelfFeeding):
+    """FoCa's forecast: BDF2, then Heun, over a window that forecasts enter; what amplifies too much is reuse."""
 
     @property
     def anchors(self) -> int:
@@ -72,15 +70,14 @@ class PredictCorrect(Forecast):
         predicted = [a + c / 3 + 2 / 3 * s for a, c, s in zip(unit[0], change, newest, strict=True)]
         return [a + (s + p - a) / 2 for a, s, p in zip(unit[0], slope, predicted, strict=True)]
 
-    def forecast(self, history: History, base: Features, site: Site, call: Call) -> Features:
-        """See `Forecast.forecast`."""
-        entries = history.entries
-        return history.combine(self.entry_weights([e.step for e in entries], [e.real for e in entries]), base)
+    def rules(self, step: int, entries: Sequence[Entry]) -> Iterable[list[float]]:
+        """See `SelfFeeding.rules`."""
+        yield self.entry_weights([entry.step for entry in entries], [entry.real for entry in entries])
 
 
 @register
 @dataclass(frozen=True)
-class FoCa(CachingMethod):
+class FoCa(ForecastingMethod):
     """FoCa's settings.
 
     Attributes:
@@ -122,7 +119,7 @@ class FoCa(CachingMethod):
         return Recipe(
             what="module",
             when=lambda: FixedInterval(self.interval, self.warmup),
-            how=PredictCorrect(order=1),
+            how=PredictCorrect(order=1, amplification=self.amplification),
             keep="output",
         )
 

@@ -7,13 +7,12 @@ are forecast exactly by all of them, linear ones by order 1 of each basis.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import comb, factorial
-from typing import ClassVar
 
-from dita.caching.history import Entry, History
+from dita.caching.history import Entry, History, makes
 from dita.caching.storage import Storage
 from dita.errors import DitaError
 from dita.seams import Call, Features, Site
@@ -144,8 +143,6 @@ class Forecast:
     scale: float = 0.5
     amplification: float = 0.0
 
-    keeps_forecasts: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         if isinstance(self.order, bool) or not isinstance(self.order, int) or not 0 <= self.order <= 5:
             raise DitaError(f"order is {self.order!r}; expected a whole number from 0 (reuse) to 5")
@@ -178,9 +175,13 @@ class Forecast:
         """
         for count in range(min(self.anchors, len(anchors)), 0, -1):
             weights = self._weights(step - anchors[0], anchors[:count])
-            if not self.amplification or sum(map(abs, weights)) <= self.amplification + 1e-9:
+            if self.bounded(weights):
                 return weights
         return [1.0]
+
+    def bounded(self, weights: Iterable[float]) -> bool:
+        """Whether the sum of |weights| keeps within `amplification`."""
+        return not self.amplification or sum(map(abs, weights)) <= self.amplification + 1e-9
 
     def _weights(self, k: int, anchors: Sequence[int]) -> list[float]:
         if self.basis == "hermite":
@@ -197,6 +198,32 @@ class Forecast:
             call: the transformer call under way.
         """
         return history.combine(_weights_of(self, call.position.step, tuple(history.steps)), base)
+
+
+@dataclass(frozen=True)
+class SelfFeeding(Forecast):
+    """A forecast whose results are anchors of later ones, so that what it amplifies adds up from step to step.
+
+    `amplification` bounds what a forecast has come to be of the computed features. Subclasses may override `rules`.
+    """
+
+    def rules(self, step: int, entries: Sequence[Entry]) -> Iterable[list[float]]:
+        """Weights of the entries, newest first, for a step: the wanted ones, then those of lower order."""
+        for count in range(min(self.anchors, len(entries)), 0, -1):
+            yield self._weights(step - entries[0].step, [entry.step for entry in entries[:count]])
+
+    def forecast(self, history: History, base: Features, site: Site, call: Call) -> Features:
+        """See `Forecast.forecast`; the result is pushed."""
+        entries, rules = history.entries, self.rules(call.position.step, history.entries)
+        if self.amplification:
+            made = ((weights, makes(entries, weights)) for weights in rules)
+            # The newest entry alone keeps the limit that it was made under.
+            weights, shares = next((m for m in made if self.bounded(m[1].values())), ([1.0], makes(entries, [1.0])))
+        else:
+            weights, shares = next(iter(rules)), {}
+        result = history.combine(weights, base)
+        history.push(call.position.step, result, shares)
+        return result
 
 
 @lru_cache(maxsize=4096)

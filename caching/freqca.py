@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 
 from dita.anatomy import Anatomy
-from dita.caching.base import CachingMethod
+from dita.caching.base import ForecastingMethod
 from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast
 from dita.caching.history import History
@@ -134,7 +134,7 @@ class BandForecast(Forecast):
 
 @register
 @dataclass(frozen=True)
-class FreqCa(CachingMethod):
+class FreqCa(ForecastingMethod):
     """FreqCa's settings.
 
     Attributes:
@@ -188,7 +188,7 @@ class FreqCa(CachingMethod):
         return Recipe(
             what="trunk",
             when=lambda: FixedInterval(self.interval, self.warmup),
-            how=BandForecast(self.order, "hermite", self.scale, cutoff=self.cutoff, transform=self.transform),
+            how=BandForecast(self.order, "hermite", self.scale, self.amplification, self.cutoff, self.transform),
             text=False,
             oldest_anchor=self.warmup - 2,
         )

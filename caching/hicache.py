@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dita.anatomy import Anatomy
-from dita.caching.base import CachingMethod
+from dita.caching.base import ForecastingMethod
 from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast
 from dita.caching.policy import FixedInterval
@@ -27,7 +27,7 @@ from dita.registry import register
 
 @register
 @dataclass(frozen=True)
-class HiCache(CachingMethod):
+class HiCache(ForecastingMethod):
     """HiCache's settings.
 
     Attributes:
@@ -35,7 +35,6 @@ class HiCache(CachingMethod):
         order: of the expansion, 0 to 5.
         scale: of the Hermite polynomials, above 0 and at most 1.
         warmup: first steps that are all computed.
-        amplification: limit on the sum of |weights|, 0 for none; see `Forecast`.
 
     Raises:
         DitaError: a setting out of range.
@@ -49,7 +48,6 @@ class HiCache(CachingMethod):
     order: int = 2
     scale: float = 0.5
     warmup: int = 3
-    amplification: float = 0.0
 
     name: ClassVar[str] = "hicache"
     title: ClassVar[str] = "HiCache"
@@ -70,7 +68,7 @@ class HiCache(CachingMethod):
         check_whole("interval", self.interval, 1)
         check_whole("warmup", self.warmup, 1)
         check_number("scale", self.scale, 1e-3, 1)
-        Forecast(self.order, "hermite", self.scale, self.amplification)
+        Forecast(self.order, "hermite", self.scale)
 
     def recipe(self, anatomy: Anatomy) -> Recipe:
         """Fixed interval over modules."""

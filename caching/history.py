@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,11 +15,33 @@ from dita.seams import Features, Fresh
 
 @dataclass
 class Entry:
-    """Features of one site at one step; `real` if computed, not forecast."""
+    """Features of one site at one step.
+
+    Attributes:
+        step: which.
+        features: kept of it.
+        real: computed, not forecast.
+        made: of a forecast, the weight of each computed step in it, through all forecasts in between.
+    """
 
     step: int
     features: Features
     real: bool = True
+    made: Mapping[int, float] = field(default_factory=dict)
+
+
+def makes(entries: Sequence[Entry], weights: Sequence[float]) -> dict[int, float]:
+    """The weight of each computed step in a weighted sum of entries.
+
+    Example:
+        >>> makes([Entry(3, (), False, {2: 2.0, 1: -1.0}), Entry(2, ())], [2.0, -1.0])
+        {2: 3.0, 1: -2.0}
+    """
+    total: dict[int, float] = {}
+    for entry, weight in zip(entries, weights, strict=False):
+        for step, share in entry.made.items() if not entry.real else ((entry.step, 1.0),):
+            total[step] = total.get(step, 0.0) + weight * share
+    return total
 
 
 class History:
@@ -46,9 +68,15 @@ class History:
         self._bytes: int | None = 0
         self._like: tuple[torch.dtype, torch.device] | None = None
 
-    def push(self, step: int, features: Features, real: bool = True) -> None:
-        """Keep a copy of `features`, computed (or else forecast) at `step`, and drop what is no longer wanted."""
-        self._keep(self._retain([Entry(step, features, real), *self._entries]))
+    def push(self, step: int, features: Features, made: Mapping[int, float] | None = None) -> None:
+        """Keep a copy of `features`, computed at `step` or else forecast, and drop what is no longer wanted.
+
+        Args:
+            step: which.
+            features: to keep.
+            made: of a forecast, the weight of each computed step in it.
+        """
+        self._keep(self._retain([Entry(step, features, made is None, made or {}), *self._entries]))
 
     def _keep(self, wanted: list[Entry]) -> None:
         """Let the entries be `wanted`, of which new ones are copied to where features are kept."""

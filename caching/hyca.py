@@ -34,6 +34,7 @@ from typing import Any, ClassVar
 import torch
 
 from dita.anatomy import Anatomy
+from dita.caching.base import ForecastingMethod
 from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast, taylor_weights
 from dita.caching.history import History
@@ -257,10 +258,23 @@ class Hybrid(Forecast):
         """The table as tensors."""
         return {name: torch.tensor(solvers) for name, solvers in self.table.values.items()}
 
+    def pool(self, k: int, anchors: tuple[int, ...]) -> torch.Tensor:
+        """`pool_weights`, with Taylor's order 1 or reuse in place of solvers that amplify too much.
+
+        Example:
+            >>> Hybrid(2, amplification=3).pool(5, (2, 1))[1]
+            tensor([1., 0.])
+        """
+        rows = pool_weights(k, anchors)
+        if not self.amplification:
+            return rows
+        within = rows.abs().sum(1, keepdim=True) <= self.amplification + 1e-5
+        return torch.where(within, rows, rows[1] if within[1] else rows[0])
+
     def forecast(self, history: History, base: Features, site: Site, call: Call) -> Features:
         """See `Forecast.forecast`; outputs that the calibration did not see take Taylor's order 1."""
         steps = tuple(history.steps)
-        rows = pool_weights(call.position.step - steps[0], steps)
+        rows = self.pool(call.position.step - steps[0], steps)
         results: list[torch.Tensor | None] = []
         for number, newest in enumerate(history.newest):
             chosen = self.chosen.get(f"{site.name}, {number}")
@@ -290,7 +304,7 @@ class _Recorder(Recorder):
 
 @register
 @dataclass(frozen=True)
-class HyCa(CalibratedMethod):
+class HyCa(CalibratedMethod, ForecastingMethod):
     """HyCa's settings.
 
     Attributes:
@@ -346,7 +360,7 @@ class HyCa(CalibratedMethod):
         return Recipe(
             what="module",
             when=lambda: FixedInterval(self.interval, self.warmup),
-            how=Hybrid(_ANCHORS - 1, table=table),
+            how=Hybrid(_ANCHORS - 1, amplification=self.amplification, table=table),
             keep="output",
             oldest_anchor=self.warmup - 2,
         )

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dita.anatomy import Anatomy
-from dita.caching.base import CachingMethod
+from dita.caching.base import ForecastingMethod
 from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast
 from dita.caching.policy import Policy, Verdict, View
@@ -82,7 +82,7 @@ class Speculation(Policy):
 
 @register
 @dataclass(frozen=True)
-class SpeCa(CachingMethod):
+class SpeCa(ForecastingMethod):
     """SpeCa's settings; the defaults are FLUX's.
 
     Attributes:
@@ -138,7 +138,7 @@ class SpeCa(CachingMethod):
         return Recipe(
             what="module",
             when=lambda: Speculation(self.threshold, self.decay, self.floor, self.least, self.most),
-            how=Forecast(self.order),
+            how=Forecast(self.order, amplification=self.amplification),
             keep="output",
             verify=anatomy.span(last, last),
         )

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dita.anatomy import Anatomy
-from dita.caching.base import CachingMethod
+from dita.caching.base import ForecastingMethod
 from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast
 from dita.caching.policy import FixedInterval
@@ -33,7 +33,7 @@ _KEPT = {"module": "module", "last-block": "trunk", "model": "model"}
 
 @register
 @dataclass(frozen=True)
-class TaylorSeer(CachingMethod):
+class TaylorSeer(ForecastingMethod):
     """TaylorSeer's settings.
 
     Attributes:
@@ -42,8 +42,6 @@ class TaylorSeer(CachingMethod):
         warmup: first steps that are all computed.
         granularity: "module", "last-block" or "model".
         basis: "taylor" (published) or "newton".
-        amplification: limit on the sum of |weights|, kept by lowering the order where anchors are too close to the step
-            forecast; 0 for none, as published. See `Forecast`.
 
     Raises:
         DitaError: a setting out of range.
@@ -58,7 +56,6 @@ class TaylorSeer(CachingMethod):
     warmup: int = 3
     granularity: str = "module"
     basis: str = "taylor"
-    amplification: float = 0.0
 
     name: ClassVar[str] = "taylorseer"
     title: ClassVar[str] = "TaylorSeer"
@@ -78,7 +75,7 @@ class TaylorSeer(CachingMethod):
         check_whole("warmup", self.warmup, 1)
         if self.granularity not in _KEPT:
             raise DitaError(f"granularity is {self.granularity!r}; expected one of {', '.join(_KEPT)}")
-        Forecast(self.order, self.basis, amplification=self.amplification)
+        Forecast(self.order, self.basis)
 
     def recipe(self, anatomy: Anatomy) -> Recipe:
         """Fixed interval over modules, the trunk's output or the model's."""
