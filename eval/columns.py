@@ -166,7 +166,7 @@ def _spread(name: str, form: str) -> Callable[[Mapping[str, Any]], str]:
 
 COLUMNS: tuple[Column, ...] = (
     Column("method", lambda row: row["method"], "registry name"),
-    Column("setting", lambda row: row["label"], "what varies along the method's ladder"),
+    Column("setting", lambda row: row["label"], "what varies in the sweep, and all else that is not at its default"),
     Column("origin", lambda row: "peer" if row.get("origin") == "peer" else "", "peer: another library's method"),
     Column("task", _word("task"), "pipeline", context=True),
     Column("media", _word("media"), "what a sample is", context=True),

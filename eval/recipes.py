@@ -11,6 +11,7 @@ from typing import Any
 from dita.config import Method
 from dita.errors import DitaError
 from dita.eval.composition import JOINT, Composition
+from dita.eval.labels import words
 from dita.eval.settings import FEWER_STEPS, PLAIN, Setting, varying
 
 
@@ -86,7 +87,7 @@ def expand(recipes: list[Any], steps: int) -> list[Setting]:
             settings += plan(steps, [name])[1:]
         else:
             settings += _grid(name, given, steps)
-    return list({(setting.method, setting.label): setting for setting in settings}.values())
+    return list({setting.key({}): setting for setting in settings}.values())
 
 
 def _compositions(name: str, given: Any, steps: int) -> list[Setting]:
@@ -135,10 +136,5 @@ def _grid(name: str, given: Any, steps: int) -> list[Setting]:
         configs = [kind(**dict(zip(given, values, strict=True))) for values in product(*lists)]
     except TypeError as error:
         raise DitaError(f"settings of {name} do not fit: {error}") from error
-    labels = varying(configs) if len(configs) > 1 else [_label(given)]
+    labels = varying(configs) if len(configs) > 1 else [words(kind, configs[0].to_dict()["settings"], tuple(given))]
     return [Setting(name, label, steps, config) for label, config in zip(labels, configs, strict=True)]
-
-
-def _label(given: Mapping[str, Any]) -> str:
-    words = [f"{key}={value[0] if isinstance(value, list) else value}" for key, value in given.items()]
-    return " ".join(words) or "default"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dita.errors import DitaError
+from dita.eval.labels import words
 from dita.eval.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -129,18 +130,21 @@ def plan(
 
 
 def varying(configs: Sequence[Method | Composition | Peer]) -> list[str]:
-    """Name each config of a ladder by the settings that are not the same all along it.
+    """Name each config of a ladder by the settings that are not the same all along it, and those not at their default.
 
     Example:
-        >>> from dita.caching import FirstBlockCache
+        >>> from dita.caching import FirstBlockCache, TaylorSeer
         >>> varying([FirstBlockCache(threshold=0.05), FirstBlockCache(threshold=0.1)])
         ['threshold=0.05', 'threshold=0.1']
+        >>> varying([TaylorSeer(interval=3, warmup=5), TaylorSeer(interval=6, warmup=5)])
+        ['interval=3 warmup=5', 'interval=6 warmup=5']
     """
+    from dita.eval.composition import Composition
+
     values = [config.to_dict()["settings"] for config in configs]
     names = [name for name in (values[0] if values else {}) if any(v[name] != values[0][name] for v in values)]
     return [
-        " ".join(f"{name}={v[name]:g}" if isinstance(v[name], float) else f"{name}={v[name]}" for name in names)
-        or config.label()
+        config.label() if isinstance(config, Composition) else words(type(config), v, names)
         for v, config in zip(values, configs, strict=True)
     ]
 

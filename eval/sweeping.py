@@ -17,6 +17,7 @@ from dita.eval.environment import code_version, library_versions
 from dita.eval.films import animation, film
 from dita.eval.htmlreport import sample_note, write_report
 from dita.eval.judge import Judge, Values
+from dita.eval.labels import setting_of
 from dita.eval.plots import plot_sweep, strip
 from dita.eval.rows import Row, append_row, read_rows, to_markdown, to_rich
 from dita.eval.sampling import Drawn
@@ -194,7 +195,7 @@ class Sweep:
 
 
 def publish(out: Path, rows: list[Row], model: str, prompts: Sequence[str] = ()) -> Path:
-    """Write results.md, pareto.png and report.html from rows, and print the table.
+    """Write results.md, pareto.png and report.html from rows, and print the table; settings as `setting_of` has them.
 
     Args:
         out: folder; pictures of the samples lie in its images/, by the rows' keys.
@@ -207,6 +208,7 @@ def publish(out: Path, rows: list[Row], model: str, prompts: Sequence[str] = ())
     """
     from rich.console import Console
 
+    rows = [{**row, "label": setting_of(row)} for row in rows]
     plain, floor = rows[0], next((row for row in rows if row["method"] == "data"), None)
     note = sample_note(plain["samples"], floor)
     parts = (to_markdown(rows), winners_to_markdown(rows), f"{note}\n")

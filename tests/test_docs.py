@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from dita import registry
+from dita.eval.labels import setting_of
+from dita.eval.rows import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+tables = import_module("readme_tables")
 DOCUMENTS = (
     "README.md",
     "CONTRIBUTING.md",
@@ -65,3 +71,30 @@ def test_readme_commands_are_make_targets() -> None:
     commands = set(re.findall(r"\bmake ([a-z]+)", read("README.md") + read("CONTRIBUTING.md")))
     targets = set(re.findall(r"^([a-z]+):", read("Makefile"), flags=re.MULTILINE))
     assert {"demo", "test"} <= commands <= targets
+
+
+def test_tables_of_the_readme_are_made_of_the_committed_rows() -> None:
+    assert tables.written(read("README.md")) == read("README.md")
+
+
+def test_settings_in_tables_are_those_of_committed_rows() -> None:
+    measured: dict[tuple[str, str], set[str]] = {}
+    for file in (ROOT / "eval" / "results").glob("*/results.jsonl"):
+        for row in read_rows(file):
+            if row.get("psnr") is not None:
+                setting = re.sub(r"\bweights=\S+ ", "", setting_of(row).removesuffix(", default"))
+                measured.setdefault((row["method"], setting), set()).add(f"{row['psnr']:.1f}")
+    methods = {method for method, _ in measured}
+    checked = 0
+    for line in [line for name in ("README.md", "docs/fitted.md") for line in read(name).splitlines()]:
+        cells = [cell.strip() for cell in line.removeprefix("|").split("|")]
+        numbers = {cell.split(" ")[0] for cell in cells}
+        own = [method for method in methods if f"{cells[0]} ".startswith(f"{method} ")]
+        if not line.startswith("| ") or not own or not any(re.fullmatch(r"\d+\.\d", number) for number in numbers):
+            continue
+        if "as alone" in line or "; " in line or "(fashion-flux" in line:  # told in words
+            continue
+        named = [(method, setting) for method in own for setting in (cells[0].removeprefix(f"{method} "), *cells[1:])]
+        assert any(measured.get(pair, set()) & numbers for pair in named), line
+        checked += 1
+    assert checked > 150
