@@ -79,6 +79,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    value = value.to_dict() if hasattr(value, "to_dict") else value
     return tuple(_plain(each) for each in value) if isinstance(value, (list, tuple)) else value
 
 
