@@ -36,6 +36,7 @@ def identity(method: str, steps: int, settings: Mapping[str, Any] | None) -> str
     names = [name for name in ([method] if method in KINDS else method.split(JOINT)) if name != FEWER_STEPS]
     parts = []
     for name in names if settings else ():
+        assert settings
         own = settings[name] if len(names) > 1 else settings
         chosen = {key: value for key, value in own.items() if key not in MEASURED}
         if name in KINDS:
