@@ -134,12 +134,3 @@ def test_tasks_come_with_the_folder(tmp_path):
         (tmp_path / "sampling.json").write_text(text)
         with pytest.raises(DitaError, match="sampling.json does not fit|judge is 'me'"):
             task_of(tmp_path)
-
-
-def test_settings_that_differ_outside_of_their_own_recipe_are_both_kept() -> None:
-    recipes = [{"taylorseer": {"order": order, "interval": [3, 4]}} for order in (2, 1)]
-    settings = expand([*recipes, {"fbcache": {"threshold": 0.2}}], 28)[1:]
-    assert [setting.label for setting in settings] == [
-        "interval=3 order=2", "interval=4 order=2", "interval=3 order=1", "interval=4 order=1", "threshold=0.2"
-    ]  # fmt: skip
-    assert len({setting.key({}) for setting in settings}) == 5
