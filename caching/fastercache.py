@@ -4,9 +4,16 @@ Lv et al., "FasterCache: Training-Free Video Diffusion Model Acceleration with H
 2410.19355.
 
 Kept: the outputs of self-attention (and joint attention) modules at the two newest computed steps. When: below
-timestep `high`, all but every `interval`-th step. How: F_1 + w (F_1 - F_2), newest F_1. Published w: 0.5 (Latte), 0.3
-(CogVideoX and Open-Sora-Plan, two of three skipped), rising to 0.9 (Open-Sora). Only computed outputs are kept, as in
-the authors' code; diffusers' port keeps extrapolated ones too, so that they compound.
+timestep `high`, all but every `interval`-th step. How: F_1 + w (F_1 - F_2), newest F_1, with w constant or rising
+linearly. Only computed outputs are kept, as in the authors' code; diffusers' port keeps extrapolated ones too, so that
+they compound.
+
+The authors count calls: reuse begins with call 16 and w = 0.5 (Latte), 18 and 0.3 (CogVideoX), 8 and
+w = 0.9 (c - 7) / 20 at call c (Open-Sora), 45 and 0.3 (Open-Sora-Plan); one of two steps is skipped, two of three by
+CogVideoX and Open-Sora-Plan. `FasterCache.published` gives these, with the count as a warm-up guard and no limit on the
+timestep. The defaults are diffusers', which has timestep 681 in place of the count: 50 even steps from 1000 on reach
+680 with step 16, so that it is Latte's count, and holds for other numbers of steps. Of two steps the one with an even
+number is computed; which one the authors compute could not be checked.
 
 This is the dynamic feature reuse of the paper. Its CFG-Cache, which leaves out the unconditional branch, acts on the
 sampling loop and is a method of its own.
@@ -15,7 +22,7 @@ sampling loop and is a method of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from dita.anatomy import Anatomy
 from dita.caching.base import CachingMethod
@@ -26,12 +33,26 @@ from dita.config import check_number, check_whole
 from dita.errors import DitaError
 from dita.registry import register
 
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "latte": {"interval": 2, "weight": 0.5, "guards": {"warmup": 16}},
+    "cogvideox": {"interval": 3, "weight": 0.3, "guards": {"warmup": 18}},
+    "open-sora": {"interval": 2, "weight": 0.9, "rise": 20, "rise_from": 7, "guards": {"warmup": 8}},
+    "open-sora-plan": {"interval": 3, "weight": 0.3, "guards": {"warmup": 45}},
+}
+
 
 @dataclass(frozen=True)
 class Drift(Forecast):
-    """The newest anchor, and `weight` times its difference to the one before, whatever the distance."""
+    """The newest anchor, and `weight` times its difference to the one before, whatever the distance.
+
+    Attributes:
+        weight: of the difference; with `rise`, `rise` steps after step `rise_from`.
+        rise, rise_from: the weight grows linearly from 0 at step `rise_from`, to 1 at most; a `rise` of 0 keeps it.
+    """
 
     weight: float = 0.5
+    rise: int = 0
+    rise_from: int = 0
 
     def weights(self, step: int, anchors: object) -> list[float]:
         """See `Forecast.weights`.
@@ -39,9 +60,14 @@ class Drift(Forecast):
         Example:
             >>> Drift(order=1).weights(3, [2, 0])
             [1.5, -0.5]
+            >>> [round(w, 3) for w in Drift(order=1, weight=0.9, rise=20, rise_from=7).weights(17, [16, 14])]
+            [1.45, -0.45]
         """
+        weight = self.weight
+        if self.rise:
+            weight = min(1.0, max(0.0, weight * (step - self.rise_from) / self.rise))
         count = len(anchors)  # pyright: ignore[reportArgumentType]
-        return [1.0] if count < 2 else [1 + self.weight, -self.weight]
+        return [1.0] if count < 2 else [1 + weight, -weight]
 
 
 class BelowTimestep(Policy):
@@ -67,6 +93,8 @@ class FasterCache(CachingMethod):
         interval: below the timestep, steps whose number is a multiple of it are computed; 1 computes all.
         weight: of the drift, from 0 (reuse) to 1.
         high: timestep, of 1000, below which outputs are reused.
+        rise, rise_from: steps over which the weight grows to `weight` and on, to 1 at most, from 0 at step `rise_from`;
+            a `rise` of 0 keeps it constant.
 
     Raises:
         DitaError: a setting out of range; on attaching, a model without recognised attention modules.
@@ -79,6 +107,8 @@ class FasterCache(CachingMethod):
     interval: int = 2
     weight: float = 0.5
     high: float = 681.0
+    rise: int = 0
+    rise_from: int = 0
 
     name: ClassVar[str] = "fastercache"
     title: ClassVar[str] = "FasterCache (attention)"
@@ -98,6 +128,8 @@ class FasterCache(CachingMethod):
         check_whole("interval", self.interval, 1)
         check_number("weight", self.weight, 0, 1)
         check_number("high", self.high, 0, 1001)
+        check_whole("rise", self.rise, 0)
+        check_whole("rise_from", self.rise_from, 0)
 
     def recipe(self, anatomy: Anatomy) -> Recipe:
         """Self-attention modules."""
@@ -108,10 +140,25 @@ class FasterCache(CachingMethod):
         return Recipe(
             what="module",
             when=lambda: BelowTimestep(self.interval, self.high),
-            how=Drift(1, weight=self.weight),
+            how=Drift(1, weight=self.weight, rise=self.rise, rise_from=self.rise_from),
             keep="output",
             sites=sites,
         )
+
+    @classmethod
+    def published(cls, model: str) -> FasterCache:
+        """The authors' settings for a model: "latte", "cogvideox", "open-sora" or "open-sora-plan".
+
+        Raises:
+            DitaError: none of them.
+
+        Example:
+            >>> FasterCache.published("open-sora").rise
+            20
+        """
+        if model not in _PUBLISHED:
+            raise DitaError(f"nothing is published for {model!r}; known are {', '.join(_PUBLISHED)}")
+        return cls(high=1001, **_PUBLISHED[model])
 
     @classmethod
     def disabled(cls) -> FasterCache:

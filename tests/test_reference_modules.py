@@ -172,6 +172,19 @@ def test_fastercache() -> None:
     assert_same(FasterCache(interval=3), lambda c: Modules(c, due, forecast))
 
 
+def test_fastercache_with_a_rising_weight() -> None:
+    """Open-Sora's: the first eight calls in full, then every other one, with the drift weighted 0.9 (c - 7) / 20."""
+
+    def due(step: int, kind: str) -> bool:
+        return kind == "mlp" or step <= 7 or step % 2 == 0
+
+    def forecast(past: list[Any], step: int, key: Key) -> torch.Tensor:
+        new, old = past[0][1], past[1][1]
+        return new + 0.9 * (step - 7) / 20 * (new - old)
+
+    assert_same(FasterCache.published("open-sora"), lambda c: Modules(c, due, forecast))
+
+
 def test_smoothcache() -> None:
     """Changes averaged over depth on a full run, then the authors' greedy scan for each kind."""
     alpha, most = 0.5, 3
