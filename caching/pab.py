@@ -3,13 +3,13 @@
 Zhao et al., "Real-Time Video Generation with Pyramid Attention Broadcast", ICLR 2025, arXiv 2408.12588.
 
 Kept: the outputs of attention modules. When: inside a range of timesteps, self-attention (joint attention too) is
-computed at every `self_interval`-th step and cross-attention at every `cross_interval`-th; outside it always. How:
-reuse. MLPs always run.
+computed at every `self_interval`-th step, attention over time alone at every `temporal_interval`-th and cross-attention
+at every `cross_interval`-th; outside it always. How: reuse. MLPs always run.
 
 Published, in steps for spatial, temporal and cross-attention and range: Open-Sora 2, 4, 6 in (450, 930); Latte 2, 3,
 6 in (100, 800); Open-Sora-Plan 2, 4, 6 in (100, 850); CogVideoX 2 in (100, 850), whose self-attention is over space
-and time at once, as in all models here. Not built: temporal attention as a kind of its own, and the broadcast of
-chosen MLPs at listed timesteps, which the authors use for Open-Sora alone.
+and time at once. Of the models of diffusers Latte alone attends over time apart. Not built: the broadcast of chosen
+MLPs at listed timesteps, which the authors use for Open-Sora alone.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from dita.caching.policy import Policy, Verdict, View
 from dita.config import check_number, check_whole
 from dita.errors import DitaError
 from dita.registry import register
+from dita.seams import Site
 
 
 class Broadcast(Policy):
     """Compute each kind of attention at multiples of its interval.
 
     Args:
-        intervals: role of a site -> its interval.
+        intervals: kind of a site, as `kind_of` has it -> its interval.
         low, high: timesteps between which, exclusive, outputs are reused.
     """
 
@@ -46,18 +47,30 @@ class Broadcast(Policy):
         if len(due) == len(self.intervals):
             return Verdict(True, "all intervals due", position.timestep)
         reason = "intervals " + ", ".join(f"{role} {every}" for role, every in self.intervals.items())
-        return Verdict(False, reason, position.timestep, computes=lambda site: site.role in due)
+        return Verdict(False, reason, position.timestep, computes=lambda site: kind_of(site) in due)
+
+
+def kind_of(site: Site) -> str:
+    """Which of PAB's kinds of attention a module is: "temporal", "attention" or "cross-attention".
+
+    Example:
+        >>> kind_of(Site("module", "temporal_transformer_blocks.0.attn1", role="attention", temporal=True))
+        'temporal'
+    """
+    return "temporal" if site.temporal else site.role
 
 
 @register
 @dataclass(frozen=True)
 class PAB(CachingMethod):
-    """PAB's settings; the defaults are those for CogVideoX, with Open-Sora's for cross-attention.
+    """PAB's settings; the defaults are those for CogVideoX, with Open-Sora's for cross- and temporal attention.
 
     Attributes:
-        self_interval: steps over which a self-attention output is used; 1 computes all.
+        self_interval: steps over which the output of a self-attention is used, over space or over space and time at
+            once; 1 computes all.
         cross_interval: steps over which a cross-attention output is used.
         low, high: timesteps, of 1000, between which outputs are reused, exclusive.
+        temporal_interval: steps over which the output of an attention over time alone is used.
 
     Raises:
         DitaError: a setting out of range; on attaching, a model without recognised attention modules.
@@ -71,6 +84,7 @@ class PAB(CachingMethod):
     cross_interval: int = 6
     low: float = 100.0
     high: float = 850.0
+    temporal_interval: int = 4
 
     name: ClassVar[str] = "pab"
     title: ClassVar[str] = "PAB"
@@ -88,6 +102,7 @@ class PAB(CachingMethod):
         """Check ranges."""
         check_whole("self_interval", self.self_interval, 1)
         check_whole("cross_interval", self.cross_interval, 1)
+        check_whole("temporal_interval", self.temporal_interval, 1)
         check_number("low", self.low, -1, 1001)
         check_number("high", self.high, -1, 1001)
         if self.low > self.high:
@@ -99,19 +114,24 @@ class PAB(CachingMethod):
         sites = tuple(part.site for part in anatomy.attentions())
         if not sites:
             raise DitaError(f"pab found no attention module inside the blocks of {anatomy.name}")
-        intervals = {"attention": self.self_interval, "cross-attention": self.cross_interval}
-        present = {role: every for role, every in intervals.items() if any(site.role == role for site in sites)}
+        intervals = {
+            "attention": self.self_interval,
+            "temporal": self.temporal_interval,
+            "cross-attention": self.cross_interval,
+        }
+        kinds = {kind_of(site) for site in sites}
+        present = {kind: every for kind, every in intervals.items() if kind in kinds}
         return Recipe(what="module", when=lambda: Broadcast(present, self.low, self.high), keep="output", sites=sites)
 
     @classmethod
     def disabled(cls) -> PAB:
         """Every step computed."""
-        return cls(self_interval=1, cross_interval=1)
+        return cls(self_interval=1, cross_interval=1, temporal_interval=1)
 
     @classmethod
     def forced(cls) -> PAB:
         """Every other step at any timestep."""
-        return cls(self_interval=2, cross_interval=3, low=-1, high=1001)
+        return cls(self_interval=2, cross_interval=3, low=-1, high=1001, temporal_interval=3)
 
     @classmethod
     def ladder(cls) -> tuple[PAB, ...]:

@@ -161,6 +161,9 @@ PARALLEL_PROJECTION = "proj_out"
 PARALLEL_PARTS: tuple[str, ...] = ("attn", "proj_mlp", "act_mlp")
 """What feeds that projection and need not run when its output is forecast."""
 
+TEMPORAL_PARTS: frozenset[str] = frozenset({"temporal_transformer_blocks"})
+"""Lists of blocks whose self-attention is over time alone; that of all others is over space, or over both at once."""
+
 _LINEAR = "their self-attention is linear: it makes no map of queries and keys"
 _PRODUCTS = "their self-attention multiplies matrices itself, in place of calling scaled dot-product attention"
 

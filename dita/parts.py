@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from dita.errors import DitaError
-from dita.models import FLEX_ATTENTION, OTHER_ATTENTION, PARALLEL_PARTS, PARALLEL_PROJECTION
+from dita.models import FLEX_ATTENTION, OTHER_ATTENTION, PARALLEL_PARTS, PARALLEL_PROJECTION, TEMPORAL_PARTS
 from dita.seams import Site
 
 if TYPE_CHECKING:
@@ -174,7 +174,9 @@ def modules_of(block: Block) -> list[ModulePart]:
             crossing = crossing or "Cross" in type(holder).__name__ or getattr(child, "is_cross_attention", False)
             role = "cross-attention" if crossing and not _SELF_NAME.match(name) else "attention"
             other = _other_attention(child)
-        site = Site("module", f"{block.path}.{path}", block=block.number, role=role, text=text)
+        full = f"{block.path}.{path}"
+        temporal = role == "attention" and not TEMPORAL_PARTS.isdisjoint(full.split("."))
+        site = Site("module", full, block=block.number, role=role, text=text, temporal=temporal)
         parts.append(ModulePart(site, child, feeders, other))
     return parts
 

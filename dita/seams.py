@@ -38,6 +38,7 @@ class Site:
             "linear" (a layer inside one of those); "block" for the input of a block.
         ends: the span reaches the last block, so that only the image stream is used after it.
         text: the module reads the text stream alone.
+        temporal: the module attends over time alone, in a model that attends over space elsewhere.
     """
 
     kind: Literal["model", "span", "module", "attention", "entry", "input"]
@@ -48,6 +49,7 @@ class Site:
     role: str = ""
     ends: bool = False
     text: bool = False
+    temporal: bool = False
 
     def __hash__(self) -> int:
         return hash(self.name)  # sites are keys of nearly everything: all fields would take a microsecond each time
