@@ -132,15 +132,15 @@ class Affine(Forecast):
 
     def forecast(self, history: History, base: Features, site: Site, call: Call) -> Features:
         """See `Forecast.forecast`; the text stream is reused, and so is a step that is not the head (a guard's)."""
-        plain = history.combine([1.0], base)
         rows = self.rows.get(f"{site.name}, {stream_key(call.position)}")
         fitted = self.table.nearest(rows, call.position) if rows and self._fitted_to(history, call.position) else None
         newest = history.newest[0]
         if fitted is None or newest is None or fitted.shape[-1] != newest.shape[-1]:
-            return plain
+            return history.combine([1.0], base)
         scale, shift = fitted.to(newest.device)
-        start = shift if not base or base[0] is None else base[0].float() + shift
-        return ((newest.float() * scale + start).to(newest.dtype), *plain[1:])
+        start = shift.expand_as(newest) if not base or base[0] is None else base[0] + shift
+        image = history.combine(scale[None], (start, *base[1:]), only=0)
+        return (*image, *(history.combine([1.0], base, only=n)[0] for n in range(1, len(history.newest))))
 
     def _fitted_to(self, history: History, position: Position) -> bool:
         """Whether the newest step kept is the head that this step's correction was fitted to."""

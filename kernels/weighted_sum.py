@@ -1,18 +1,23 @@
 """Weighted sums of tensors in one pass: the forecast of every caching method.
 
 Out = base + sum_j w_j X_j, accumulated in float32. On a CUDA device one Triton kernel reads each X_j once and writes
-Out once; elsewhere plain PyTorch does the same arithmetic.
+Out once. On a CPU, where every operation of PyTorch is a pass over memory, float32 anchors are interpolated pair by
+pair, a pass less than a product and sums, wherever the weights sum to 1; half precision is summed in float32 piece by
+piece, each small enough to stay in the cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
 from dita.errors import DitaError
 
 MAX_TERMS = 8
+_PIECE = 2**17  # elements: half a megabyte of float32
+_LEAST = 0.1  # sum of some of the weights that may be divided by
 
 
 def naive_weighted_sum(
@@ -66,18 +71,70 @@ def weighted_sum(
         from dita.kernels.weighted_sum_triton import triton_weighted_sum
 
         return triton_weighted_sum(tensors, weights, base)
-    if first.dtype != torch.float32:
-        return naive_weighted_sum(tensors, weights, base)
     if isinstance(weights, torch.Tensor):
-        rows = weights.to(torch.float32)
-        total = first * rows[0] if base is None else torch.addcmul(base, first, rows[0])
-        for tensor, row in zip(tensors[1:], rows[1:], strict=True):
-            total.addcmul_(tensor, row)
-        return total
-    numbers = weights
-    if base is None and len(numbers) == 2 and abs(numbers[0] + numbers[1] - 1) < 1e-12:
-        return torch.lerp(tensors[1], first, numbers[0])  # one pass instead of two
-    total = torch.mul(first, numbers[0]) if base is None else torch.add(base, first, alpha=numbers[0])
-    for tensor, weight in zip(tensors[1:], numbers[1:], strict=True):
+        return _per_channel(tensors, weights.to(torch.float32), base)
+    if base is None and _interpolates(weights):
+        if len(tensors) == 2:
+            return torch.lerp(tensors[1], first, weights[0])  # of half precision too, with float32 in between
+        if first.dtype == torch.float32:
+            return _interpolated(tensors, weights)
+    if first.dtype != torch.float32:
+        return _in_pieces(tensors, weights, base, 1)
+    total = torch.mul(first, weights[0]) if base is None else torch.add(base, first, alpha=weights[0])
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
         total.add_(tensor, alpha=weight)
     return total
+
+
+def _interpolates(weights: Sequence[float]) -> bool:
+    """Whether they sum to 1, and no sum of the first few, which `_interpolated` divides by, is near 0."""
+    sums = list(accumulate(weights))
+    return len(sums) > 1 and abs(sums[-1] - 1) < 1e-12 and all(abs(part) >= _LEAST for part in sums[1:])
+
+
+def _interpolated(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """The mean of the first two, then of that and the third, and so on, each in its share."""
+    total, share = tensors[0], weights[0]
+    for number, (tensor, weight) in enumerate(zip(tensors[1:], weights[1:], strict=True)):
+        whole = share + weight
+        total = torch.lerp(tensor, total, share / whole, out=total if number else None)
+        share = whole
+    return total
+
+
+def _per_channel(tensors: Sequence[torch.Tensor], rows: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+    first = tensors[0]
+    if first.dtype != torch.float32:
+        return _in_pieces(tensors, rows, base, first.shape[-1])
+    total = first * rows[0] if base is None else torch.addcmul(base, first, rows[0])
+    for tensor, row in zip(tensors[1:], rows[1:], strict=True):
+        total.addcmul_(tensor, row)
+    return total
+
+
+def _in_pieces(
+    tensors: Sequence[torch.Tensor], weights: Sequence[float] | torch.Tensor, base: torch.Tensor | None, width: int
+) -> torch.Tensor:
+    """Rows of `width` numbers at a time, so many that a sum in float32 stays in the cache."""
+    out = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
+    if not out.numel():
+        return out
+    flat = [tensor.reshape(-1, width) for tensor in tensors]
+    start, result = None if base is None else base.reshape(-1, width), out.view(-1, width)
+    step = max(1, _PIECE // width)
+    room = torch.empty(min(step, len(result)), width, dtype=torch.float32, device=out.device)
+    for at in range(0, len(result), step):
+        target = result[at : at + step]
+        total = room[: len(target)]
+        if start is None:
+            total.zero_()
+        else:
+            total.copy_(start[at : at + step])
+        for rows, weight in zip(flat, weights, strict=True):
+            piece = rows[at : at + step]
+            if isinstance(weight, torch.Tensor):
+                total.addcmul_(piece.float(), weight)
+            else:
+                total.add_(piece, alpha=weight)
+        target.copy_(total)
+    return out

@@ -45,6 +45,31 @@ def test_weighted_sum(shape: tuple[int, ...], terms: int, dtype: torch.dtype, wi
     assert all(torch.equal(t, k) for t, k in zip(tensors, kept, strict=True)), "inputs stay as they are"
 
 
+FORECASTS = [[6.0, -5.0], [1.0, 0.0], [0.0, 1.0], [2.25, -1.5, 0.25], [3.0, -3.0, 1.0], [4.0, -6.0, 4.0, -1.0]]
+"""Extrapolations, also those whose first weights cancel."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", FORECASTS, ids=str)
+@pytest.mark.parametrize("with_base", [False, True])
+def test_forecasts_are_rounded_once(
+    weights: list[float], dtype: torch.dtype, with_base: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against float64, with an error of float32 times the sum of what is added, and one rounding to half precision."""
+    monkeypatch.setattr("dita.kernels.weighted_sum._PIECE", 50)  # several pieces, the last one shorter
+    (*tensors, base), _ = inputs((2, 9, 7), len(weights), dtype)
+    tensors = [tensor.mT if number == 1 else tensor.mT.contiguous() for number, tensor in enumerate(tensors)]
+    start = base.mT if with_base else None
+    exact = torch.stack([t.double() * w for t, w in zip(tensors, weights, strict=True)]).sum(0)
+    exact = exact + start.double() if start is not None else exact
+    size = sum(abs(w) * t.double().abs() for w, t in zip(weights, tensors, strict=True)) + 1
+    allowed = 8 * 2.0**-24 * size + exact.abs() * (0.51 * torch.finfo(dtype).eps if dtype != torch.float32 else 0)
+    table = torch.tensor(weights)[:, None].expand(-1, 9)
+    for given in (weights, table):
+        result = weighted_sum(tensors, given, start)
+        assert result.dtype == dtype and ((result.double() - exact).abs() <= allowed).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("with_base", [False, True])
