@@ -1,4 +1,5 @@
-"""The tables of the README that are made of committed rows: fastest at 30 dB, and at equal semantic accuracy.
+"""The tables of the README that are made of committed rows: fastest at 30 dB, at equal semantic accuracy, and
+inside a layer.
 
     python benchmarks/readme_tables.py            # writes them into README.md
 
@@ -70,6 +71,30 @@ def semantic(sweeps: tuple[str, ...] = ("fashion-dit", "fashion-flux")) -> str:
     return markdown_table(["", *columns], cells, left=head)
 
 
+def inside(sweep: str = "fashion-wan-attention", cache: str = "freqca") -> str:
+    """Methods inside a layer, the closest to the plain run first, each beside exactly its settings with the cache.
+
+    What a calibration found may differ between the two. The plain sampler and the cache alone come last.
+
+    Example:
+        >>> inside().splitlines()[4].split(" | ")[1:6]
+        ['adjacent=0.5', '0.70', '76%', '0.79', '31.0']
+    """
+    rows = [row for row in newest(sweep) if row["method"] not in ("plain", "data") and not row.get("error")]
+    both = [row for row in rows if row["method"].endswith(f" + {cache}")]
+    alone = [row for row in rows if row["method"] in (cache, "fewer steps")]
+    own = sorted((row for row in rows if row not in both and row not in alone), key=lambda row: -row["psnr"])
+    cells = []
+    for row in (*own, *sorted(alone, key=lambda row: row["method"] == cache)):
+        settings = None if row in alone else _given(row["config"]["settings"])
+        beside = [o for o in both if settings and _given(o["config"]["settings"].get(row["method"], {})) == settings]
+        line = [row["method"], setting_of(row), f"{row['density']:.2f}" if row.get("density") else ""]
+        line += [f"{row['flops_ratio']:.0%}", *_fast_and_close(row)]
+        cells.append(line + (_fast_and_close(beside[0]) if beside else ["", ""]))
+    head = ["method", "setting", "density", "FLOPs", "speedup", "PSNR dB", "with FreqCa: speedup", "PSNR dB"]
+    return markdown_table(head, cells, left=head[:2])
+
+
 def written(readme: str) -> str:
     """The README with its tables made anew.
 
@@ -79,7 +104,7 @@ def written(readme: str) -> str:
         True
     """
     tables = {f"{sweep} at 30 dB": closest(sweep) for sweep in ("fashion-dit", "fashion-flux", "fashion-wan")}
-    for name, table in {**tables, "semantic": semantic()}.items():
+    for name, table in {**tables, "semantic": semantic(), "attention": inside()}.items():
         pattern = rf"(<!-- {name}:start -->\n).*?(<!-- {name}:end -->)"
         readme, count = re.subn(pattern, lambda found, text=table: found[1] + text + found[2], readme, flags=re.DOTALL)
         if count != 1:
@@ -89,6 +114,14 @@ def written(readme: str) -> str:
 
 def _cost(row: Mapping[str, Any]) -> list[str]:
     return [f"{row['speedup']:.2f}", f"{row['computed_fraction']:.0%}"]
+
+
+def _fast_and_close(row: Mapping[str, Any]) -> list[str]:
+    return [f"{row['speedup']:.2f}", _TEXT["psnr"](row)]
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != "table"}
 
 
 def _change(row: Mapping[str, Any]) -> str:

@@ -52,16 +52,18 @@ def semantic_of(row: Mapping[str, Any]) -> tuple[str, float] | None:
 
 
 def comparable(rows: Iterable[Mapping[str, Any]]) -> tuple[str, float] | None:
-    """What `semantic_of` gives of the plain run among the rows; None without one, or if too few samples were compared.
+    """What `semantic_of` gives of the plain run among the rows, if it can be lost and seen to be.
+
+    None without a plain run, if nothing it draws is what was asked for, or of fewer samples than 60 (`LEAST`).
 
     Example:
-        >>> comparable([{"method": "plain", "class_accuracy": 0.9}])
+        >>> comparable([{"method": "plain", "class_accuracy": 0.9, "samples": 60}])
         ('class_accuracy', 0.9)
+        >>> comparable([{"method": "plain", "class_accuracy": 0.9, "samples": 6}])
     """
-    rows = [row for row in rows if not row.get("error")]
-    if any("accuracy_change" in row and row["samples"] < LEAST for row in rows):
-        return None
-    return next((semantic_of(row) for row in rows if row["method"] == "plain"), None)
+    plain = next((row for row in rows if row["method"] == "plain" and not row.get("error")), {})
+    held = semantic_of(plain)
+    return None if held is None or held[1] <= 0 or plain.get("samples", 0) < LEAST else held
 
 
 def best_at_semantic(rows: Iterable[Mapping[str, Any]], tolerance: float = 0.01) -> dict[str, Mapping[str, Any] | None]:
@@ -112,7 +114,7 @@ def winners(rows: Iterable[Mapping[str, Any]], psnr: float = 30.0, tolerance: fl
         rows: from `read_rows`; errors are passed over.
         psnr: lowest mean PSNR to the plain run that counts, in dB.
         tolerance: see `best_at_semantic`; that criterion is left out where the plain run has no such accuracy, or
-            where the samples are too few to tell.
+            one of 0, or where the samples are too few to tell.
 
     Returns:
         One for each pipeline and criterion, PSNR first.

@@ -15,7 +15,7 @@ from dita.eval.columns import METRICS
 from dita.eval.rows import COLUMNS, append_row, origin_of, psnr_of, read_rows, table, to_markdown, to_rich
 from dita.eval.sampling import Sampling
 from dita.eval.settings import FEWER_STEPS, PLAIN, QUICK, Setting, context, plan, source_digest, thin
-from dita.eval.winners import best_at_semantic, winners, winners_to_markdown
+from dita.eval.winners import best_at_semantic, comparable, winners, winners_to_markdown
 
 
 def row(method: str = "a", **values):
@@ -129,7 +129,7 @@ def test_origin_of_a_row():
 def contest() -> list[dict]:
     plain = {"semantic_accuracy": 0.90, "intervals": {"semantic_accuracy": [0.88, 0.92]}, "psnr": None}
     return [
-        row(PLAIN, label="50 steps", speedup=1.0, **plain),
+        row(PLAIN, label="50 steps", speedup=1.0, samples=200, **plain),
         row("fewer steps", label="20 steps", speedup=2.5, psnr=31.0, semantic_accuracy=0.885),
         row("fewer steps", label="10 steps", speedup=5.0, psnr=20.0, semantic_accuracy=0.5),
         row("a", label="mild", speedup=2.0, psnr=35.0, semantic_accuracy=0.9),
@@ -186,6 +186,15 @@ def test_winners_compare_dita_with_peers_and_fewer_steps():
     text = winners_to_markdown(contest())
     assert "| PSNR >= 30 dB | a mild | 2.00 | peer x mild | 1.60 | fewer steps 20 steps | 2.50 | 1.25 | 0.80 |" in text
     assert "| equal semantic accuracy | a strong | 4.00 | - | - |" in text
+
+
+@pytest.mark.parametrize("change", [{"samples": 59}, {"semantic_accuracy": 0.0}])
+def test_semantic_accuracy_decides_nothing_where_it_cannot_be_seen_to_fall(change: dict) -> None:
+    plain, *others = contest()
+    assert comparable([plain, *others]) == ("semantic_accuracy", 0.90)
+    rows = [{**plain, "intervals": {}, **change}, *({**other, "semantic_accuracy": 0.0} for other in others)]
+    assert comparable(rows) is None and [each.criterion for each in winners(rows)] == ["PSNR >= 30 dB"]
+    assert "semantic" not in winners_to_markdown(rows)
 
 
 def test_winners_keep_pipelines_apart():
