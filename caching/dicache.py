@@ -9,9 +9,10 @@ there. When: every step runs the first `depth` blocks; the relative L1 change of
 newest R_1, with g = mean|p - P_2| / mean|P_1 - P_2| from the probe's residuals, at least 1 and at most `most`.
 
 Published: FLUX threshold 0.4 with retention 0.2 and most 1.5; HunyuanVideo 0.1; Wan 0.08 with most 2. Differences:
-the change is taken per sample and the largest counts (the authors average over the batch). `minus_input` subtracts
-the change of the trunk's input, the authors' other indicator. Their FLUX code never empties its window; here a run
-starts afresh.
+the change is taken per sample and the largest counts (the authors average over the batch). g is one number for the
+batch, from means over all of it, as the authors have it: an image in a batch is extrapolated as far as the batch's
+probes went (`per_sample=True` runs each alone). `minus_input` subtracts the change of the trunk's input, the authors'
+other indicator. Their FLUX code never empties its window; here a run starts afresh.
 """
 
 from __future__ import annotations
