@@ -11,9 +11,16 @@ budgets       for each number of computed steps: fitted; its weights on the best
 anchors       1 to 6 anchors
 warm-up       1 to 5 first steps computed in any case
 trajectories  1 to `--most` calibration runs
-other runs    other numbers of steps, guidance scales, schedulers and sizes than those of the calibration
+other runs    other numbers of steps and guidance scales than those of the calibration
 another size  the fit, and one made there, at the size that `--size` gives
-granularity   the same weights on the trunk's output in place of the model's
+granularity   the same weights on the trunk, its halves and all modules, in place of the model's output
+weights       a weight for each channel or guidance branch, drawn towards the shared one by shares of 0, 0.5 and 1
+rounds        moments of accelerated runs in place of full ones, made anew once or twice
+caution       1 to 4 times the measured unrest, in place of 3
+seen          the samples of the calibration itself, beside others
+solvers       calibrated with the pipeline's own solver, run with others, and calibrated with those
+guidance      beside a guidance method, calibrated with it and without
+gate          limits of the gate, on samples that run one by one and on whole batches
 
 The table of one part is written as results.json and results.md under `--out`. Times are not measured here: what a
 computed and a skipped step take is in the calibration, see `dita sweep` for speedups.
@@ -26,88 +33,32 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
+from fitted_variants import OnPolicy, Variant, branch_weights, channel_weights, outputs_of, shared_weights, shrunk
 
 import dita
-from dita.anatomy import Anatomy
 from dita.caching.anchors import as_mask, spread
-from dita.caching.engine import Recipe
 from dita.caching.fitted import Fitted
-from dita.caching.fitted_plan import Plan, Planner, schedule_for
+from dita.caching.fitted_plan import schedule_for
 from dita.caching.fitted_table import FittedTable
-from dita.caching.fitting import Tracker, expected_error
-from dita.caching.forecast import taylor_weights
-from dita.caching.policy import View
+from dita.caching.fitting import CAUTION, expected_error
 from dita.eval import load_pipeline
 from dita.eval.environment import code_version, device_name, library_versions
 from dita.eval.pipelines import pipeline_folder
 from dita.eval.sampling import Sampling, draw
 from dita.eval.task import task_of
+from dita.table import frozen
+from dita.watching import watched
 
+CALIBRATION_SEED = 7
 Row = dict[str, Any]
 PARTS = ("budgets", "anchors", "warm-up", "trajectories", "other runs", "another size", "granularity")
-
-
-class LocalTracker(Tracker):
-    """Weights of the least error of each output, whatever the steps before fell short of."""
-
-    def _forecast(self, runs: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        kept, self._errors = self._errors, np.zeros_like(self._errors)
-        found = super()._forecast(runs, truth)
-        self._errors = kept
-        return found
-
-
-class FixedPlan(Plan):
-    """Weights of some kind on a given schedule."""
-
-    kind = "tracking"
-
-    def _fit(self, past: tuple[bool | None, ...]) -> tuple[tuple[float, ...], float]:
-        seen = [step for step, computed in enumerate(past) if computed][::-1]
-        if self.kind.startswith("taylor"):
-            order = int(self.kind[-1])
-            return tuple(taylor_weights(len(past) - seen[0], seen[: order + 1])), 0.0
-        assert self.moments is not None
-        tracker = (LocalTracker if self.kind == "local" else Tracker)(self.moments, self.most)
-        for computed in past:
-            tracker.step([bool(computed)])
-        return tuple(tracker.step([False])[0][: len(tracker.anchors())]), 0.0
-
-
-class FixedPlanner(Planner):
-    """Hands out one plan."""
-
-    only: Plan
-
-    def plan(self, view: View) -> Plan:
-        return self.only
-
-
-@dataclass(frozen=True)
-class Variant(Fitted):
-    """A fitted forecast with a part of it exchanged."""
-
-    schedule: tuple[int, ...] = ()
-    kind: str = "tracking"
-    what: str = "model"
-
-    name: ClassVar[str] = "fitted variant"
-
-    def planner(self, table: FittedTable | None, full: int, speedup: float) -> Planner:
-        assert table is not None
-        planner = FixedPlanner(table, len(self.schedule), 1.0, self.anchors)
-        planner.only = FixedPlan(self.schedule, table.moments, self.anchors)
-        planner.only.kind = self.kind
-        return planner
-
-    def recipe(self, anatomy: Anatomy) -> Recipe:
-        return replace(super().recipe(anatomy), what=self.what)
+PARTS += ("weights", "gate", "rounds", "caution", "seen", "solvers", "guidance")
 
 
 class Lab:
@@ -121,6 +72,7 @@ class Lab:
         self.steps = arguments.steps or self.task.steps
         self.samples, self.batch, self.runs = arguments.samples, arguments.batch, arguments.calibration
         self._plain: dict[Any, torch.Tensor] = {}
+        self.seed = 777
         self.seconds = 0.0
         self.fitted = self.calibrate(self.runs)
 
@@ -128,17 +80,19 @@ class Lab:
         guided = self.task.guidance if guidance is None else guidance
         return Sampling(samples, self.batch, self.steps, guided, seed, self.task.prompts(samples, seed), self.call)
 
-    def calibrate(self, runs: int) -> Fitted:
-        known = self.sampling(runs, 7)
-        calls = [lambda pipe, part=part: draw(pipe, known, part).media for part in known.batches()]
+    def calls(self, runs: int) -> list[Callable[[Any], Any]]:
+        known = self.sampling(runs, CALIBRATION_SEED)
+        return [lambda pipe, part=part: draw(pipe, known, part).media for part in known.batches()]
+
+    def calibrate(self, runs: int, beside: tuple[str, ...] = ()) -> Fitted:
         began = time.perf_counter()
-        fitted = dita.calibrate(self.pipe, calls=calls)
+        fitted = dita.calibrate(self.pipe, calls=self.calls(runs), beside=beside)
         self.seconds = time.perf_counter() - began
         assert isinstance(fitted, Fitted)
         return fitted
 
     def drawn(self, steps: int, guidance: float | None = None) -> torch.Tensor:
-        sampling = self.sampling(self.samples, 777, guidance)
+        sampling = self.sampling(self.samples, self.seed, guidance)
         return torch.cat([draw(self.pipe, sampling, part, steps).media for part in sampling.batches()])
 
     def plain(self, steps: int, guidance: float | None = None) -> torch.Tensor:
@@ -147,17 +101,26 @@ class Lab:
             self._plain[key] = self.drawn(steps, guidance)
         return self._plain[key]
 
-    def measure(self, method: Any, steps: int = 0, guidance: float | None = None, against: int = 0) -> Row:
+    def measure(
+        self,
+        method: Any,
+        steps: int = 0,
+        guidance: float | None = None,
+        against: int = 0,
+        beside: tuple[str, ...] = (),
+        wanted: torch.Tensor | None = None,
+        **options: Any,
+    ) -> Row:
         steps = steps or self.steps
-        wanted = self.plain(against or steps, guidance)
+        wanted = self.plain(against or steps, guidance) if wanted is None else wanted
         if method is None:
             return {"computed": steps, **psnr(self.drawn(steps, guidance), wanted)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", dita.DitaWarning)
-            with dita.accelerated(self.pipe, method):
+            with dita.accelerated(self.pipe, method, *beside, **options):
                 found = self.drawn(steps, guidance)
-                computed = dita.report(self.pipe).runs[-1].computed_steps
-        return {"computed": len(computed), **psnr(found, wanted)}
+                shares = [run.computed_fraction for run in dita.report(self.pipe).runs]
+        return {"computed": round(steps * float(np.mean(shares)), 2), **psnr(found, wanted)}
 
 
 def psnr(found: torch.Tensor, wanted: torch.Tensor) -> Row:
@@ -166,7 +129,7 @@ def psnr(found: torch.Tensor, wanted: torch.Tensor) -> Row:
     each = -10 * np.log10(errors)
     again = np.random.default_rng(0).choice(each, (2000, len(each))).mean(1)
     low, high = np.quantile(again, [0.025, 0.975])
-    return {"psnr": float(each.mean()), "low": float(low), "high": float(high)}
+    return {"psnr": float(each.mean()), "low": float(low), "high": float(high), "worst": float(each.min())}
 
 
 def even_schedules(steps: int, full: int) -> Iterator[tuple[int, ...]]:
@@ -256,12 +219,124 @@ def another_size(lab: Lab, counts: list[int], size: Row) -> Iterator[Row]:
     lab.call = call
 
 
+PLACES = {
+    "output of the model": ("model", "output"),
+    "output of the trunk": ("trunk", "output"),
+    "residual of the trunk": ("trunk", "residual"),
+    "residuals of the trunk's halves": ("halves", "residual"),
+    "outputs of attention and MLP modules": ("module", "output"),
+}
+
+
 def granularity(lab: Lab, counts: list[int]) -> Iterator[Row]:
     for full in counts:
         chosen = tuple(sorted(lab_schedule(lab, full)))
-        for what in ("model", "trunk"):
-            row = lab.measure(variant(lab.fitted, chosen, what=what))
-            yield {"variant": f"output of the {what}", "full": full, **row}
+        for label, (what, kept) in PLACES.items():
+            row = lab.measure(replace(variant(lab.fitted, chosen, what=what), kept=kept))
+            yield {"variant": label, "full": full, **row}
+
+
+def weights(lab: Lab, counts: list[int]) -> Iterator[Row]:
+    assert lab.fitted.table is not None
+    moments, most = lab.fitted.table.moments, lab.fitted.anchors
+    calls = lab.calls(lab.runs)
+    outputs = {what: outputs_of(lab.pipe, calls, what) for what in ("model", "trunk")}
+    guided = len(outputs["model"][0][0]) == 2 * lab.runs
+    for full in counts:
+        chosen = tuple(sorted(lab_schedule(lab, full)))
+        shared, fits = shared_weights(moments, chosen, most), {}
+        if guided:
+            own = branch_weights(*outputs["model"], lab.task.guidance, moments, chosen, most)
+            fits["branch of the model's output"] = ("model", own)
+        for what in ("trunk",) if guided else ("model", "trunk"):
+            for kind in ("tracking", "local"):
+                own = channel_weights(*outputs[what], moments, chosen, most, kind)
+                fits[f"channel of the {what}'s output, {kind}"] = (what, own)
+        for label, (what, own) in fits.items():
+            for share in (0.0, 0.5, 1.0):
+                method = replace(
+                    variant(lab.fitted, chosen, what=what),
+                    weights=shrunk(own, shared, share),
+                    branches=label.startswith("branch"),
+                )
+                yield {"variant": f"each {label}; shared by {share:g}", "full": full, **lab.measure(method)}
+
+
+def rounds(lab: Lab, counts: list[int]) -> Iterator[Row]:
+    for full in counts:
+        fitted = replace(lab.fitted, full=full)
+        for number in range(3):
+            yield {"variant": f"{number} rounds on accelerated runs", "full": full, **lab.measure(fitted)}
+            assert fitted.table is not None
+            moments = fitted.table.moments
+            chosen = schedule_for(moments, full, fitted.anchors, fitted.warmup)
+            watcher = OnPolicy(chosen, shared_weights(moments, chosen, fitted.anchors))
+            with watched(lab.pipe, watcher):
+                for call in lab.calls(lab.runs):
+                    call(lab.pipe)
+            runs = torch.cat(watcher.runs, 1)
+            gram = (runs @ runs.T / runs.shape[1]).tolist()
+            fitted = replace(fitted, table=with_values(fitted.table, gram=gram))
+
+
+def caution(lab: Lab, counts: list[int]) -> Iterator[Row]:
+    table = lab.fitted.table
+    assert table is not None
+    for full in counts:
+        for times in (1.0, 2.0, 3.0, 4.0):
+            unrest = [times / CAUTION * k for k in table.values["unrest"]]
+            fitted = replace(lab.fitted, full=full, table=with_values(table, unrest=unrest))
+            yield {"variant": f"{times:g} times the unrest", "full": full, **lab.measure(fitted)}
+
+
+def with_values(table: FittedTable, **changes: Any) -> FittedTable:
+    """A table with some of its numbers exchanged."""
+    return FittedTable(frozen({**table.values, **changes}), table.model, table.scheduler, table.shape, table.steps)
+
+
+def seen(lab: Lab, counts: list[int]) -> Iterator[Row]:
+    fitted, plain, seed = lab.calibrate(lab.samples), lab._plain, lab.seed
+    for lab.seed, label in ((seed, "unseen samples"), (CALIBRATION_SEED, "the samples of the calibration")):
+        lab._plain = {}
+        for full in counts:
+            row = lab.measure(replace(fitted, full=full))
+            yield {"variant": f"{label}, calibrated on {lab.samples}", "full": full, **row}
+    lab.seed, lab._plain = seed, plain
+
+
+def solvers(lab: Lab, counts: list[int]) -> Iterator[Row]:
+    import diffusers
+
+    own, first = lab.fitted, lab.pipe.scheduler
+    for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
+        lab.pipe.scheduler = getattr(diffusers, name).from_config(first.config)
+        there = lab.calibrate(lab.runs)
+        for full in counts:
+            said = f"{name.removesuffix('Scheduler')}, calibrated with"
+            yield {"variant": f"{said} {type(first).__name__}", "full": full, **lab.measure(replace(own, full=full))}
+            yield {"variant": f"{said} it", "full": full, **lab.measure(replace(there, full=full))}
+            yield {"variant": f"{said}out: plain sampler", "full": full, **lab.measure(None, full, against=lab.steps)}
+    lab.pipe.scheduler = first
+
+
+def guidance(lab: Lab, counts: list[int]) -> Iterator[Row]:
+    beside = ("guidance-interval",)
+    there = lab.calibrate(lab.runs, beside)
+    with dita.accelerated(lab.pipe, *beside):
+        wanted = lab.drawn(lab.steps)
+    for full in counts:
+        for label, fitted in (("without it", lab.fitted), ("with it", there)):
+            row = lab.measure(replace(fitted, full=full), beside=beside, wanted=wanted)
+            yield {"variant": f"beside {beside[0]}, calibrated {label}", "full": full, **row}
+
+
+def gate(lab: Lab, counts: list[int]) -> Iterator[Row]:
+    for full in counts:
+        for limit in (0.0, 0.7, 1.0, 1.4, 2.0):
+            for alone in (True, False) if limit else (False,):
+                method = replace(lab.fitted, full=full, gate=limit)
+                label = f"gate {limit:g}, {'each sample by itself' if alone else 'whole batches'}" if limit else "none"
+                yield {"variant": label, "full": full, **lab.measure(method, per_sample=alone)}
 
 
 def written(rows: list[Row]) -> str:
@@ -309,6 +384,13 @@ def main() -> None:
         "other runs": lambda: other_runs(lab, counts),
         "another size": lambda: another_size(lab, counts, json.loads(arguments.size)),
         "granularity": lambda: granularity(lab, counts),
+        "weights": lambda: weights(lab, counts),
+        "gate": lambda: gate(lab, counts),
+        "rounds": lambda: rounds(lab, counts),
+        "caution": lambda: caution(lab, counts),
+        "seen": lambda: seen(lab, counts),
+        "solvers": lambda: solvers(lab, counts),
+        "guidance": lambda: guidance(lab, counts),
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     head = {"model": arguments.model, "steps": lab.steps, "samples": lab.samples, "calibration": lab.runs}

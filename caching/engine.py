@@ -202,7 +202,7 @@ class CacheHandler(Handler):
             gap = 0 if stream.newest is None else call.position.step - stream.newest
             self._view = View(
                 call.position, call.shapes, call.scheduler, call.grid, call.latents, stream.newest_of, gap,
-                stream.skipped_in_row, schedule=call.schedule,
+                stream.skipped_in_row, schedule=call.schedule, due=call.due,
             )  # fmt: skip
         return self._view
 

@@ -48,9 +48,10 @@ class Fitted(CalibratedMethod):
             file, else 3.
         anchors: computed outputs that a forecast may use, 1 to 6.
         warmup: first steps that are computed in any case, where at least twice as many are computed in all.
-        gate: how many times the expected error, in amplitude, a sample's forecasts may be off before more of its steps
-            are computed, see `dita.caching.fitted_gate`; above 1, or 0 for no gate. The samples of a batch are computed
-            together.
+        gate: how many times the plan's expected error of the last latents, in amplitude, a sample's may come to, by
+            what its forecasts are found to be off: harder ones have more steps computed, easier ones fewer, see
+            `dita.caching.fitted_gate`; 0 for no gate. With ``per_sample=True`` each sample is judged by itself, else
+            the worst one of the batch counts.
         calibration: a file that `dita.calibrate(..., save="x.safetensors")` wrote, in place of a table.
         table: the moments, from `dita.calibrate`. Without any, every n-th step is computed, and forecasts are Taylor's
             of order 1.
@@ -97,8 +98,6 @@ class Fitted(CalibratedMethod):
             )
         check_whole("warmup", self.warmup, 1)
         check_number("gate", self.gate, 0)
-        if 0 < self.gate <= 1:
-            raise DitaError(f"gate is {self.gate!r}; expected a number above 1, or 0 for none")
         if not isinstance(self.calibration, str):
             object.__setattr__(self, "calibration", str(self.calibration))  # a path
 

@@ -232,7 +232,7 @@ def _watched(pipe: Any, watcher: Observer, seed: int, call: Callable[[Any], Any]
         torch.manual_seed(seed)  # a call without a generator draws the same noise in every run
         result = call(pipe)
         runs = report(pipe).runs
-    watcher.computed = sorted({r.step for r in runs[0].records if r.action == "computed"} if runs else ())
+    watcher.computed = list(runs[0].computed_steps if runs else ())
     return result
 
 

@@ -131,10 +131,11 @@ class Following(Policy):
         self._past: list[bool | None] = []
 
     def decide(self, view: View) -> Verdict:
-        """Compute the steps of the schedule; forecast the others."""
+        """Compute the steps of the schedule, or those that the gate names; forecast the others."""
         plan, step = self._of(view), view.position.step
-        if step in plan.schedule:
-            return Verdict(True, "chosen")
+        planned = step in plan.schedule
+        if planned if view.due is None else view.due:
+            return Verdict(True, "chosen" if planned else "harder than calibrated")
         weights, error = plan.weights(self._until(view.position))
         return Verdict(False, "fitted" if plan.moments is not None else "not fitted", error, weights=weights)
 

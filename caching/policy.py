@@ -34,6 +34,7 @@ class View:
             the last computed step, per sample [B]; None for the first.
         schedule: returns the run's timesteps, None where they are not known.
         computing: once it is decided, whether the whole step is computed, on the policy's word or not.
+        due: whether the call is computed, as a method on the sampling loop says in place of a plan; None for no word.
     """
 
     position: Position
@@ -49,6 +50,7 @@ class View:
     block_change: torch.Tensor | None = None
     schedule: Callable[[], Schedule | None] = lambda: None
     computing: bool = True
+    due: bool | None = None
 
 
 @dataclass(frozen=True)

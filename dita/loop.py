@@ -136,6 +136,8 @@ class Request:
             they began from noise.
         tokens: how many image tokens a sample has in this call, and how many at full resolution; None if it has all.
         grid: frames, rows and columns in which those tokens lie, () if in none; None to read it off the arguments.
+        due: says of a sample, None for all of the batch, whether it is computed, in place of what the plan of a cache
+            says; None to leave it to the plan. Only caches that follow a plan ask it.
         each: one mapping a sample of a branch, if the samples are to run one by one: arguments that have no batch and
             yet differ from sample to sample.
     """
@@ -157,6 +159,7 @@ class Request:
     clean: torch.Tensor | None = field(default=None, repr=False)
     tokens: tuple[int, int] | None = None
     grid: tuple[int, ...] | None = None
+    due: Callable[[int | None], bool | None] = field(default=lambda sample: None, repr=False)
     each: tuple[Mapping[str, Any], ...] = ()
 
     def get(self, name: str) -> Any:

@@ -190,6 +190,7 @@ class ModelRuntime:
         def together(request: Request) -> Any:
             position, roles, reason = request.position, request.roles, request.reason
             said = {"scale": request.scale, "tokens": request.tokens, "grid": request.grid, "fresh": request.fresh}
+            said["due"] = request.due(position.sample)
             return self._one(position, roles, reason, original, request.args, request.kwargs, **said)
 
         def carried_out(request: Request) -> Any:
@@ -237,12 +238,13 @@ class ModelRuntime:
         tokens: tuple[int, int] | None = None,
         grid: Grid | None = None,
         fresh: bool = False,
+        due: bool | None = None,
     ) -> Any:
         """Run one call, of one branch or all of them batched, through the handlers' sites."""
         self._ran = (self.clock.run, position.step)
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
         call = self._describe(position, args, kwargs, tensors)
-        call.reason, call.scale, call.tokens, call.fresh = reason, scale, tokens, fresh
+        call.reason, call.scale, call.tokens, call.fresh, call.due = reason, scale, tokens, fresh, due
         call.grid = call.grid if grid is None else grid
         timer = Timer(tensors[0].device if tensors else torch.device("cpu"))
         self._call = call

@@ -107,6 +107,7 @@ class Call:
         scale: the pipeline's guidance scale, as methods on the sampling loop pass it on; None where there is none.
         tokens: image tokens of a sample, and how many there are at full resolution; None if these are all.
         fresh: nothing kept may stand in for any of it, as a method on the sampling loop asks.
+        due: whether it is computed, as a method on the sampling loop says in place of a cache's plan; None for no word.
         action, value, reason: what was done, as in `dita.reporting.StepRecord`.
         note: what the run's report is to say about memory, "" for nothing new.
         density: share of the attention's pairs of tokens that were computed, over the layers that computed any.
@@ -124,6 +125,7 @@ class Call:
     scale: float | None = None
     tokens: tuple[int, int] | None = None
     fresh: bool = False
+    due: bool | None = None
     action: str = "computed"
     value: float | None = None
     reason: str = ""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_snapshot, plain, snapshot
+from helpers import assert_same_snapshot, configured, plain, snapshot
 from pipelines import TINY
 
 import dita
@@ -228,10 +228,21 @@ def test_a_call_that_draws_other_noise_is_told() -> None:
     assert not any(fitted.table.values["unrest"])
 
 
-@pytest.mark.parametrize("gate", [-1.0, 0.5, 1.0])
-def test_a_gate_is_above_1(gate: float) -> None:
+def test_a_gate_is_a_number() -> None:
     with pytest.raises(dita.DitaError, match="gate"):
-        Fitted(gate=gate)
+        Fitted(gate=-1.0)
+
+
+def test_a_gate_decides_for_each_sample_by_itself(found: Fitted) -> None:
+    pipe, call = TINY["dit"].build(), TINY["dit"].call
+    pipe.vae.enable_slicing()  # images are decoded one by one too
+    dita.accelerate_pipeline(pipe, found, gate=0.5, per_sample=True)
+    both, run = call(pipe, batch=3), dita.report(pipe).last
+    steps = [{r.step for r in run.records if r.action == "computed" and f"[{n}]" in r.branch} for n in range(3)]
+    assert len({*map(frozenset, steps)}) > 1  # or the samples would say nothing
+    for sample in range(3):
+        assert torch.equal(both[sample : sample + 1], call(pipe, batch=1, first=sample))
+        assert set(dita.report(pipe).runs[-1].computed_steps) == steps[sample]
 
 
 def test_without_a_calibration_it_says_so() -> None:
@@ -250,18 +261,29 @@ def test_seconds_tell_the_steps_of_a_speedup() -> None:
     assert np.allclose(equal_steps(4)[-1, :4], 0.25)
 
 
-@pytest.mark.parametrize("guidance", ["guidance-interval", "cfg-cache", "cfg-zero"])
-@pytest.mark.parametrize("tiny", ["dit", "wan"])
-def test_goes_with_guidance_methods(guidance: str, tiny: str) -> None:
+GUIDANCE = ("guidance-interval", "cfg-cache", "cfg-zero")
+
+
+@pytest.mark.parametrize(
+    ("tiny", "other"),
+    [*((tiny, name) for tiny in ("dit", "wan") for name in GUIDANCE), ("wan", "radial"), ("wan", "adaspa")],
+)
+def test_goes_with_guidance_and_sparse_attention(tiny: str, other: str) -> None:
     pipe = TINY[tiny].build()
+    TINY[tiny].call(pipe)
+    beside, before = configured(other, "forced", tiny) if other not in GUIDANCE else other, snapshot(pipe)
     alone = dita.calibrate(pipe, call=TINY[tiny].call, budget=4)
-    fitted = dita.calibrate(pipe, call=TINY[tiny].call, budget=4, beside=[guidance])
+    fitted = dita.calibrate(pipe, call=TINY[tiny].call, budget=4, beside=[beside])
+    assert_same_snapshot(snapshot(pipe), before)
     assert isinstance(alone, Fitted) and isinstance(fitted, Fitted) and alone.table and fitted.table
     assert alone.table.values["gram"] != fitted.table.values["gram"]
-    dita.accelerate_pipeline(pipe, fitted, guidance)
+    # With cfg-zero the first outputs are zero, so that nothing is off at the only computed step after the first.
+    assert any(fitted.table.values["unrest"]) == (other != "cfg-zero")
+    dita.accelerate_pipeline(pipe, fitted, beside)
     first = TINY[tiny].call(pipe)
     assert torch.isfinite(first).all() and torch.equal(first, TINY[tiny].call(pipe))
-    assert dita.report(pipe).runs[-1].reused
+    run = dita.report(pipe).runs[-1]
+    assert run.reused and (other in GUIDANCE or "sparse" in {r.action for r in run.records})
     dita.restore_pipeline(pipe)
     assert torch.equal(TINY[tiny].call(pipe), plain(tiny))
 
