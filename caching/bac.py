@@ -24,7 +24,7 @@ import torch
 from dita.anatomy import Anatomy
 from dita.caching.engine import Recipe
 from dita.caching.policy import Verdict, View
-from dita.caching.table import CalibratedMethod, Measurement, Recorder, TablePolicy, measure
+from dita.caching.table import CalibratedMethod, Measurement, Recorder, StepPolicy, measure
 from dita.config import check_whole
 from dita.registry import register
 from dita.seams import Features, Site
@@ -110,7 +110,7 @@ class SimilarityTable(Table):
             raise ValueError(f"{wrong[0]} is not compared over {self.steps} steps")
 
 
-class ScheduledSites(TablePolicy):
+class ScheduledSites(StepPolicy):
     """Follow a schedule per site.
 
     Args:
@@ -126,7 +126,6 @@ class ScheduledSites(TablePolicy):
         """Read the schedules."""
         if not self.schedule:
             return Verdict(True, "no schedule")
-        self.check(view)
         step = nearest_index(self.table.steps, view.position)
         due = frozenset(name for name, steps in self.schedule.items() if step in steps)
         if len(due) == len(self.schedule):

@@ -15,6 +15,7 @@ to the authors' quantiser. The authors fit to many samples; a call that draws a 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,9 +28,9 @@ from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast
 from dita.caching.history import History
 from dita.caching.policy import Verdict, View
-from dita.caching.table import CalibratedMethod, Measurement, Recorder, TablePolicy, measure, stream_key
+from dita.caching.table import CalibratedMethod, Measurement, Recorder, StepPolicy, measure, row_of, stream_key
 from dita.config import check_whole
-from dita.errors import DitaError
+from dita.errors import DitaError, DitaWarning
 from dita.registry import register
 from dita.seams import Call, Features, Position, Site
 from dita.table import Table, has_form, nearest_index, table_for
@@ -78,21 +79,29 @@ def segments(distance: Sequence[Sequence[float]], steps: int, interval: int) -> 
     return heads[::-1]
 
 
-class Segmented(TablePolicy):
+class Segmented(StepPolicy):
     """Compute the heads of segments.
 
     Args:
         heads: the steps computed, in the table's steps.
         table: where they come from.
+        affine: reused features are corrected as it says.
     """
 
-    def __init__(self, heads: frozenset[int], table: Table) -> None:
+    def __init__(self, heads: frozenset[int], table: Table, affine: bool) -> None:
         super().__init__(table)
-        self.heads = heads
+        self.heads, self.affine = heads, affine
+
+    def begin(self, view: View) -> None:
+        """See `TablePolicy.begin`; say if a branch is not corrected."""
+        super().begin(view)
+        streams = {name.rpartition(", ")[2]: True for name in self.table.values if ", " in name}
+        if self.affine and streams and row_of(streams, view.position) is None:
+            text = f"the {self.table.noun} has corrections of {', '.join(streams)}, none of {stream_key(view.position)}"
+            warnings.warn(f"{text}, which is reused as it is; calibrate again", DitaWarning, stacklevel=2)
 
     def decide(self, view: View) -> Verdict:
         """Read the schedule."""
-        self.check(view)
         if not self.table.steps:
             return Verdict(True, "no schedule")
         return Verdict(nearest_index(self.table.steps, view.position) in self.heads, "segments")
@@ -132,11 +141,16 @@ class Affine(Forecast):
 
     def forecast(self, history: History, base: Features, site: Site, call: Call) -> Features:
         """See `Forecast.forecast`; the text stream is reused, and so is a step that is not the head (a guard's)."""
-        rows = self.rows.get(f"{site.name}, {stream_key(call.position)}")
+        rows = row_of(self.rows, call.position, f"{site.name}, ")
         fitted = self.table.nearest(rows, call.position) if rows and self._fitted_to(history, call.position) else None
         newest = history.newest[0]
-        if fitted is None or newest is None or fitted.shape[-1] != newest.shape[-1]:
+        if fitted is None or newest is None:
             return history.combine([1.0], base)
+        if fitted.shape[-1] != newest.shape[-1]:
+            raise DitaError(
+                f"the {self.table.noun} corrects {fitted.shape[-1]} channels of {site.name}, which has "
+                f"{newest.shape[-1]}: calibrate again"
+            )
         scale, shift = fitted.to(newest.device)
         start = shift.expand_as(newest) if not base or base[0] is None else base[0] + shift
         image = history.combine(scale[None], (start, *base[1:]), only=0)
@@ -241,7 +255,7 @@ class CacheQuant(CalibratedMethod):
                 )
         heads = frozenset(table.values.get("heads", ()))
         how = Affine(table=table) if self.affine else Forecast()
-        return Recipe(what="trunk", when=lambda: Segmented(heads, table), how=how)
+        return Recipe(what="trunk", when=lambda: Segmented(heads, table, self.affine), how=how)
 
     def calibrated(self, pipe: Any, call: Callable[[Any], Any]) -> CacheQuant:
         """Lay the schedule and fit the corrections to one full run; the pipeline comes back as it was."""

@@ -210,6 +210,7 @@ class CacheHandler(Handler):
         stream, view, position = self._stream(call), self._make_view(call), call.position
         moment = (position.step, position.stage, position.sample)
         if stream.newest is None:
+            stream.policy.begin(view)
             verdict = Verdict(True, "first step")
         elif call.fresh:
             verdict = Verdict(True, call.reason or "guidance compares the branches")

@@ -19,6 +19,7 @@ of step 11 of 28 on FLUX is the setting `always`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -27,8 +28,9 @@ from dita.anatomy import Anatomy
 from dita.caching.engine import Recipe
 from dita.caching.magnitude import MagnitudeTable, measure_magnitudes
 from dita.caching.policy import Guards, Verdict, View
-from dita.caching.table import CalibratedMethod, TablePolicy
+from dita.caching.table import CalibratedMethod, TablePolicy, stream_key
 from dita.config import check_number, check_whole
+from dita.errors import DitaWarning
 from dita.registry import register
 from dita.table import Table, nearest_index, table_for
 
@@ -53,9 +55,17 @@ class MagnitudeGate(TablePolicy):
         self.always = frozenset(always)
         self._ratio, self._error, self._skips = 1.0, 0.0, 0
 
+    def begin(self, view: View) -> None:
+        """See `TablePolicy.begin`; say whose ratios a branch reads that has none."""
+        super().begin(view)
+        if self.table.values and not self.table.knows(view.position):
+            text = (
+                f"the {self.table.noun} has none of the branch {stream_key(view.position)}, which is decided by those "
+            )
+            warnings.warn(f"{text}of {next(iter(self.table.values))}; calibrate again", DitaWarning, stacklevel=2)
+
     def decide(self, view: View) -> Verdict:
         """Add this step's error to those since the last computed step."""
-        self.check(view)
         position = view.position
         if self.threshold <= 0:
             return Verdict(True, "threshold 0")

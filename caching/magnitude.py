@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from dita.anatomy import Anatomy
 from dita.caching.engine import Recipe
 from dita.caching.policy import View
-from dita.caching.table import Measurement, Recorder, measure, stream_key
+from dita.caching.table import Measurement, Recorder, measure, row_of, stream_key
 from dita.errors import DitaError
 from dita.seams import Position
 from dita.table import Table
@@ -39,10 +39,14 @@ class MagnitudeTable(Table):
         """The authors' table for a model family, or None. FLUX.1-dev: 28 steps, 1024x1024."""
         return cls({"": _FLUX}, steps=len(_FLUX)) if family == "flux" else None
 
+    def knows(self, position: Position) -> bool:
+        """Whether there are ratios of a stream; published ones are of any."""
+        return "" in self.values or row_of(self.values, position) is not None
+
     def of(self, position: Position) -> tuple[float, ...]:
         """The ratios of a stream; an unknown stream gets the first one's."""
-        key = stream_key(position)
-        return self.values[key] if key in self.values else next(iter(self.values.values()))
+        found = row_of(self.values, position)
+        return next(iter(self.values.values())) if found is None else found
 
     def ratio(self, position: Position) -> float:
         """The ratio of a step."""

@@ -95,6 +95,9 @@ class Policy:
     watch_blocks: bool = False
     wants_residual: bool = False
 
+    def begin(self, view: View) -> None:
+        """The stream's first call is about to be computed."""
+
     def decide(self, view: View) -> Verdict:
         """Say whether this step is computed."""
         raise NotImplementedError

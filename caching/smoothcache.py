@@ -24,7 +24,7 @@ import torch
 from dita.anatomy import Anatomy
 from dita.caching.engine import Recipe
 from dita.caching.policy import Verdict, View, relative_l1
-from dita.caching.table import CalibratedMethod, Measurement, Recorder, TablePolicy, measure
+from dita.caching.table import CalibratedMethod, Measurement, Recorder, StepPolicy, measure
 from dita.config import check_number, check_whole
 from dita.registry import register
 from dita.seams import Features, Site
@@ -61,7 +61,7 @@ def greedy_schedule(changes: Sequence[Sequence[float]], steps: int, alpha: float
     return flags
 
 
-class ScheduledKinds(TablePolicy):
+class ScheduledKinds(StepPolicy):
     """Follow a schedule per kind of module.
 
     Args:
@@ -75,7 +75,6 @@ class ScheduledKinds(TablePolicy):
 
     def decide(self, view: View) -> Verdict:
         """Read the schedules."""
-        self.check(view)
         due = frozenset(role for role, flags in self.schedules.items() if self.table.nearest(flags, view.position))
         reason = f"schedule: {', '.join(sorted(due)) or 'nothing'} due"
         if view.position.step == view.position.steps - 1 or len(due) == len(self.schedules):

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
+import torch
+
 from dita.anatomy import Anatomy
 from dita.caching.base import CachingMethod
 from dita.caching.engine import Recipe
@@ -18,9 +20,55 @@ from dita.table import Table, frozen
 T = TypeVar("T", bound="Table")
 
 
+_NAMES = {"call 0": "cond", "call 1": "uncond", "call 2": "third", "neg": "uncond"}
+
+
+def branch_name(branch: str) -> str:
+    """One name for a branch, whether the pipeline names its calls, or a method on the loop did, or only their order is
+    known; the first call is the conditional one, as `dita.loop.roles_of` has it.
+
+    Example:
+        >>> branch_name("pred_uncond"), branch_name("call 1"), branch_name("cond_uncond")
+        ('uncond', 'uncond', 'cond_uncond')
+    """
+    name = branch.removeprefix("pred_")
+    return _NAMES.get(name, name)
+
+
 def stream_key(position: Position) -> str:
     """The table's name of a stream."""
     return f"{position.branch}/{position.stage}"
+
+
+def row_of(values: Mapping[str, Any], position: Position, before: str = "") -> Any:
+    """What a table holds of a stream, by the name that it had when it was measured; None for a stream unseen.
+
+    Args:
+        values: name of a stream, with something before it or not -> anything.
+        position: in the stream.
+        before: what stands before the name.
+
+    Example:
+        >>> row_of({"call 1/0": 5}, Position(0, 9, 0, "uncond", 0, 9, 0))
+        5
+    """
+    key = before + stream_key(position)
+    if key in values:
+        return values[key]
+    wanted = f"{branch_name(position.branch)}/{position.stage}"
+    for name, value in values.items():
+        branch, _, stage = name.removeprefix(before).partition("/")
+        if name.startswith(before) and f"{branch_name(branch)}/{stage}" == wanted:
+            return value
+    return None
+
+
+def guidance_of(view: View) -> str:
+    """ "batched" where a call holds the same latents twice, as guidance in one batch does; else the branch's name."""
+    latents = view.latents
+    if latents is not None and len(latents) % 2 == 0 and torch.equal(*latents.chunk(2)):
+        return "batched"
+    return branch_name(view.position.branch)
 
 
 @dataclass
@@ -31,13 +79,15 @@ class Measurement:
     scheduler: str = ""
     shape: tuple[int, ...] = ()
     steps: int = 0
+    guidance: set[str] = field(default_factory=set)
 
     def table(self, kind: type[T], values: Mapping[str, Any], pipe: Any) -> T:
         """The table of `values` under the conditions seen, for the pipeline's first transformer."""
         from dita.session import transformers_of
 
         model = next(iter(transformers_of(pipe).values()))
-        return kind(frozen(values), fingerprint(model), self.scheduler, self.shape, self.steps)
+        guidance = ",".join(sorted(self.guidance))
+        return kind(frozen(values), fingerprint(model), self.scheduler, self.shape, self.steps, guidance)
 
 
 class Recorder(Policy):
@@ -54,6 +104,8 @@ class Recorder(Policy):
         """Remember the conditions of the run."""
         self.sink.scheduler, self.sink.steps = view.scheduler, view.position.schedule_length
         self.sink.shape = tuple(view.shapes[0][1:]) if view.shapes else ()
+        if view.position.local_step == 0:
+            self.sink.guidance.add(guidance_of(view))
 
     def computed(self, view: View) -> None:
         """Remember the conditions of the run."""
@@ -65,17 +117,30 @@ class TablePolicy(Policy):
 
     Args:
         table: what it reads.
+
+    Class attributes:
+        rescales: a run of another number of steps reads the table at the nearest step, as the paper defines; without,
+            it is refused.
     """
+
+    rescales: ClassVar[bool] = True
 
     def __init__(self, table: Table) -> None:
         self.table = table
-        self._checked = False
 
-    def check(self, view: View) -> None:
-        """Compare the conditions, the first time in a run."""
-        if not self._checked:
-            self._checked = True
-            self.table.check(view)
+    def begin(self, view: View) -> None:
+        """Compare the conditions.
+
+        Raises:
+            DitaError: the table is for another number of steps, and means nothing at this one.
+        """
+        self.table.check(view, guidance_of(view), self.rescales)
+
+
+class StepPolicy(TablePolicy):
+    """A policy that reads a schedule or corrections made for the steps of a run of so many, and of no other number."""
+
+    rescales: ClassVar[bool] = False
 
 
 class CalibratedMethod(CachingMethod):
@@ -83,8 +148,8 @@ class CalibratedMethod(CachingMethod):
 
     Class attributes:
         table_kind: the table's class.
-        bound: the numbers hold for the scheduler, steps and resolution they were measured at, and a run under others
-            warns.
+        bound: the numbers hold for the scheduler, steps, resolution and guidance they were measured at, and a run under
+            others warns, or is refused (see `StepPolicy`).
         shaping: settings that the numbers depend on beyond chance, the others only read them; None: on all of them.
         trained: `call` runs many times, on a sample of its own each.
         trajectories: samples that `call` should draw for good numbers.

@@ -109,7 +109,6 @@ class EntryChange(TablePolicy):
 
     def decide(self, view: View) -> Verdict:
         """Add this step's change."""
-        self.check(view)
         if self.threshold <= 0 or self._now is None or self._last is None:
             return Verdict(True, "threshold 0" if self.threshold <= 0 else "first step")
         self._sum = self._sum + self.rescaling(relative_l1(self._now, self._last))

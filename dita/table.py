@@ -40,6 +40,7 @@ class Table:
         scheduler: fingerprint of the scheduler; "" fits any.
         shape: shape of the transformer's first input without the batch; () fits any.
         steps: solver steps of the full schedule; 0 fits any.
+        guidance: "batched", or the branches that were called, such as "cond,uncond"; "" fits any.
     """
 
     values: Mapping[str, Any]
@@ -47,6 +48,7 @@ class Table:
     scheduler: str = ""
     shape: tuple[int, ...] = ()
     steps: int = 0
+    guidance: str = ""
 
     noun: ClassVar[str] = "calibration"
     """What the numbers are, for messages."""
@@ -64,11 +66,12 @@ class Table:
             "scheduler": self.scheduler,
             "shape": list(self.shape),
             "steps": self.steps,
+            "guidance": self.guidance,
         }
 
     @classmethod
     def from_dict(cls: type[T], data: Any) -> T:
-        """Read what `to_dict` wrote.
+        """Read what `to_dict` wrote; of tables that were written without a guidance mode it fits any.
 
         Raises:
             DitaError: not such a table.
@@ -77,9 +80,10 @@ class Table:
             values = {str(name): frozen(value) for name, value in data["values"].items()}
             model, scheduler, shape, steps = (data[name] for name in ("model", "scheduler", "shape", "steps"))
             whole = all(isinstance(number, int) and 0 <= number < 2**20 for number in (*shape, steps))
-            if not isinstance(model, str) or not isinstance(scheduler, str) or not whole:
-                raise ValueError(f"measured on {model!r}, {scheduler!r}, {shape!r}, {steps!r}")
-            table = cls(values, model, scheduler, tuple(shape), steps)
+            guidance = data.get("guidance", "")
+            if not all(isinstance(name, str) for name in (model, scheduler, guidance)) or not whole:
+                raise ValueError(f"measured on {model!r}, {scheduler!r}, {shape!r}, {steps!r}, {guidance!r}")
+            table = cls(values, model, scheduler, tuple(shape), steps, guidance)
             table.verify()
             return table
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
@@ -94,8 +98,13 @@ class Table:
         if self.form is not None and not has_form(self.values, self.form):
             raise ValueError("its numbers are not laid out like that")
 
-    def differences(self, view: Conditions) -> list[str]:
-        """In what the run at hand differs from the one that was measured, in words."""
+    def differences(self, view: Conditions, guidance: str = "") -> list[str]:
+        """In what the run at hand differs from the one that was measured, in words.
+
+        Args:
+            view: the run.
+            guidance: "batched", or the branch that is called; "" if that is not known.
+        """
         found, shape = [], tuple(view.shapes[0][1:]) if view.shapes else ()
         if self.steps and self.steps != view.position.schedule_length:
             found.append(f"{self.steps} steps (now {view.position.schedule_length}; read at the nearest step)")
@@ -103,11 +112,27 @@ class Table:
             found.append(f"an input of {self.shape} (now {shape})")
         if self.scheduler and self.scheduler != view.scheduler:
             found.append(f"{self.scheduler} (now {view.scheduler})")
+        if self.guidance and guidance and guidance not in self.guidance.split(","):
+            found.append(f"guidance {self.guidance} (now {guidance})")
         return found
 
-    def check(self, view: Conditions) -> None:
-        """Warn if the run at hand differs from the one that was measured."""
-        found = self.differences(view)
+    def check(self, view: Conditions, guidance: str = "", rescales: bool = True) -> None:
+        """Warn if the run at hand differs from the one that was measured.
+
+        Args:
+            view, guidance: see `differences`.
+            rescales: the numbers mean something at another number of steps, where they are read at the nearest one.
+
+        Raises:
+            DitaError: the number of steps differs, and they do not.
+        """
+        steps = view.position.schedule_length
+        if self.steps and self.steps != steps and not rescales:
+            raise DitaError(
+                f"the {self.noun} was made for runs of {self.steps} steps, and this run has {steps}: what it says of a "
+                f"step means nothing there. Run {self.steps} steps, or calibrate again with {steps}"
+            )
+        found = self.differences(view, guidance)
         if found:
             text = f"the {self.noun} was measured with {', '.join(found)}; calibrate again for best quality"
             warnings.warn(text, DitaWarning, stacklevel=3)

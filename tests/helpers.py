@@ -59,6 +59,8 @@ IN_TURN = [
 """Each method on one pipeline."""
 ACROSS_RUNS = tuple(name for name in SAMPLING if registry.get(name).across_runs)
 """Methods that go on from one run to the next, the first of which is plain: they have tests of their own."""
+STEPPED = ("bac", "cachequant", "harmonica", "qandc", "smoothcache")
+"""Methods whose calibration is a schedule, or corrections, for runs of so many steps."""
 HANDLERS = ("adaspa", "asymrnr", "sada-token", "sage", "tome")
 """One method inside a layer for each way of attaching there."""
 

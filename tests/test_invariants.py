@@ -15,6 +15,7 @@ from helpers import (
     INSIDE,
     ON_THREE,
     SAMPLING,
+    STEPPED,
     THREE,
     assert_same_snapshot,
     configured,
@@ -85,8 +86,12 @@ def test_same_seed_same_output_whatever_came_between(method: str, tiny: str) -> 
         call(pipe, batch=2)
         assert torch.equal(call(pipe), first), "after another batch size"
         return
-    with pytest.warns(dita.DitaWarning) if bound else _nothing():
-        call(pipe, steps=11)
+    if method in STEPPED:
+        with pytest.raises(dita.DitaError, match="of 8 steps, and this run has 11"):
+            call(pipe, steps=11)
+    else:
+        with pytest.warns(dita.DitaWarning) if bound else _nothing():
+            call(pipe, steps=11)
     call(pipe, batch=2)
     assert torch.equal(call(pipe), first), "after another number of steps and another batch size"
     if tiny != "dit":  # DiTPipeline has one resolution

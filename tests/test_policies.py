@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -127,20 +128,35 @@ def test_magnitude_table_is_read_at_the_nearest_step() -> None:
     gate = MagnitudeGate(table(1.0, 1.1, 1.2, 1.3, 1.4), 1.0, 9, 0.0, ())
     assert [gate.table.ratio(view(s, 9).position) for s in (0, 2, 4, 6, 8)] == [1.0, 1.1, 1.2, 1.3, 1.4]
     with pytest.warns(DitaWarning, match="5 steps .now 9"):
-        gate.decide(view(1, 9))
+        gate.begin(view(0, 9))
 
 
 @pytest.mark.parametrize(
     ("conditions", "message"),
-    [({"shape": (4, 16, 16)}, "an input of"), ({"scheduler": "Other:0"}, "Other:0")],
+    [
+        ({"shape": (4, 16, 16)}, "an input of"),
+        ({"scheduler": "Other:0"}, "Other:0"),
+        ({"guidance": "batched"}, r"guidance batched .now cond"),
+        ({"guidance": "uncond"}, r"guidance uncond .now cond"),
+    ],
 )
-def test_magnitude_table_warns_of_other_conditions_once(conditions: dict[str, Any], message: str) -> None:
+def test_magnitude_table_warns_of_other_conditions(conditions: dict[str, Any], message: str) -> None:
     gate = MagnitudeGate(table(*[1.0] * 20, **conditions), 0.1, 2, 0.0, ())
     with pytest.warns(DitaWarning, match=message):
-        gate.decide(view(3, scheduler="Mine:1"))
+        gate.begin(view(0, scheduler="Mine:1"))
+
+
+def test_a_branch_without_ratios_says_whose_it_reads() -> None:
+    with pytest.warns(DitaWarning, match="none of the branch uncond/0, which is decided by those of cond/0"):
+        MagnitudeGate(table(*[1.0] * 20), 0.1, 2, 0.0, ()).begin(View(replace(view(0).position, branch="uncond")))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        gate.decide(view(4, scheduler="Mine:1"))
+        for name in ("cond", "call 0", "pred_cond"):  # one branch, by other names
+            MagnitudeGate(table(*[1.0] * 20), 0.1, 2, 0.0, ()).begin(View(replace(view(0).position, branch=name)))
+        published = MagnitudeTable.published("flux")
+        assert published is not None
+        whole = view(0, 28).position
+        MagnitudeGate(published, 0.1, 2, 0.0, ()).begin(View(replace(whole, branch="uncond")))
 
 
 def test_magcache_calibrates_saves_loads_and_refuses_another_model(tmp_path: Any) -> None:
