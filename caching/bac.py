@@ -158,7 +158,8 @@ class BAC(CalibratedMethod):
         table: similarities and changes, from `dita.calibrate`.
 
     Raises:
-        DitaError: a setting out of range; on attaching, no calibration, or one of another model.
+        DitaError: a setting out of range; on attaching, no calibration, or one of another model; while
+            running, another number of steps than it was made for.
 
     Example:
         >>> BAC(updates=30).label()

@@ -215,7 +215,8 @@ class CacheQuant(CalibratedMethod):
         table: the schedule and the corrections, from `dita.calibrate`, for this interval.
 
     Raises:
-        DitaError: a setting out of range; on attaching, no calibration, or one of another model or interval.
+        DitaError: a setting out of range; on attaching, no calibration, or one of another model or interval; while
+            running, another number of steps than it was made for.
 
     Example:
         >>> CacheQuant(interval=4).label()

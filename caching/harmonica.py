@@ -60,7 +60,8 @@ class HarmoniCa(CalibratedMethod):
         table: the router's sigmoids, from `dita.calibrate`.
 
     Raises:
-        DitaError: a setting out of range; on attaching, no calibration, or one of another model.
+        DitaError: a setting out of range; on attaching, no calibration, or one of another model; while
+            running, another number of steps than it was made for.
 
     Example:
         >>> HarmoniCa(threshold=0.5).label()

@@ -19,7 +19,7 @@ import torch
 from dita.anatomy import Anatomy
 from dita.caching.base import CachingMethod
 from dita.caching.storage import bytes_of
-from dita.caching.table import Measurement
+from dita.caching.table import Measurement, guidance_of
 from dita.errors import DitaError
 from dita.patch import Patch
 from dita.seams import Call, Features, Handler, Site
@@ -149,6 +149,8 @@ class RouterHandler(Handler):
                 "one number of steps"
             )
         sink.steps, sink.scheduler, sink.shape = position.schedule_length, call.scheduler, tuple(call.shapes[0][1:])
+        if position.local_step == 0:
+            sink.guidance.add(guidance_of(call))
         self.training.visited.add(position.index)
         if torch.is_inference_mode_enabled():
             raise DitaError("the router learns by gradients, which torch.inference_mode forbids; use torch.no_grad")

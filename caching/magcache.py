@@ -8,8 +8,8 @@ step is skipped while it stays below `threshold` and at most `max_skip` steps ar
 `retention` of the steps are computed. How: reuse, not rescaled by the ratio, as published.
 
 The ratios come from one run (`dita.calibrate`) and belong to a model, scheduler, number of steps and resolution.
-Another model is refused; another scheduler, resolution or step count gives a warning, and the table is then read at the
-nearest step, as the authors do. FLUX's published ratios are built in.
+Another model is refused; another scheduler, resolution, guidance or step count gives a warning, and the table is then
+read at the nearest step, as the authors do. FLUX's published ratios are built in.
 
 Differences: the authors compare with "<" for Wan and Qwen-Image and with "<=" for FLUX and others; here it is "<", and
 a threshold of 0 computes everything. The steps that `retention` computes are rounded down, as theirs are; diffusers
@@ -59,10 +59,9 @@ class MagnitudeGate(TablePolicy):
         """See `TablePolicy.begin`; say whose ratios a branch reads that has none."""
         super().begin(view)
         if self.table.values and not self.table.knows(view.position):
-            text = (
-                f"the {self.table.noun} has none of the branch {stream_key(view.position)}, which is decided by those "
-            )
-            warnings.warn(f"{text}of {next(iter(self.table.values))}; calibrate again", DitaWarning, stacklevel=2)
+            branch, other = stream_key(view.position), next(iter(self.table.values))
+            text = f"the {self.table.noun} has none of the branch {branch}, which is decided by those of {other}"
+            warnings.warn(f"{text}; calibrate again", DitaWarning, stacklevel=2)
 
     def decide(self, view: View) -> Verdict:
         """Add this step's error to those since the last computed step."""

@@ -137,7 +137,8 @@ class QandC(CalibratedMethod):
         table: mu and K, from `dita.calibrate`, for this interval, scale, floor and guards.
 
     Raises:
-        DitaError: a setting out of range; on attaching, no calibration, or one of another model or setting.
+        DitaError: a setting out of range; on attaching, no calibration, or one of another model or setting; while
+            running, another number of steps than it was made for.
 
     Example:
         >>> QandC(interval=4, scale="ratio").label()

@@ -115,7 +115,8 @@ class SmoothCache(CalibratedMethod):
         table: the changes, from `dita.calibrate`.
 
     Raises:
-        DitaError: a setting out of range; on attaching, no calibration, or one of another model.
+        DitaError: a setting out of range; on attaching, no calibration, or one of another model; while
+            running, another number of steps than it was made for.
 
     Example:
         >>> SmoothCache(alpha=0.08).label()

@@ -14,7 +14,7 @@ from dita.caching.engine import Recipe
 from dita.caching.policy import Policy, Verdict, View
 from dita.errors import DitaError
 from dita.fingerprint import fingerprint
-from dita.seams import Position, Site
+from dita.seams import Call, Position, Site
 from dita.table import Table, frozen
 
 T = TypeVar("T", bound="Table")
@@ -63,7 +63,7 @@ def row_of(values: Mapping[str, Any], position: Position, before: str = "") -> A
     return None
 
 
-def guidance_of(view: View) -> str:
+def guidance_of(view: View | Call) -> str:
     """ "batched" where a call holds the same latents twice, as guidance in one batch does; else the branch's name."""
     latents = view.latents
     if latents is not None and len(latents) % 2 == 0 and torch.equal(*latents.chunk(2)):

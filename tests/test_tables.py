@@ -26,6 +26,9 @@ def run(tiny: str, method: Method) -> torch.Tensor:
 def test_a_table_knows_the_guidance_it_was_measured_under(tiny: str, guidance: str) -> None:
     method: Any = configured("magcache", "forced", tiny)
     assert method.table.guidance == guidance
+    if tiny == "dit":
+        router: Any = configured("harmonica", "forced", tiny)
+        assert router.table.guidance == guidance, "trained by a handler of its own"
     assert Method.from_json(method.to_json()) == method
     with warnings.catch_warnings():
         warnings.simplefilter("error", DitaWarning)
