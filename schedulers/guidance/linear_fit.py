@@ -69,9 +69,9 @@ class LinearWeights(Table):
             return None
         return rows[position.index] or None
 
-    def differences(self, view: Conditions) -> list[str]:
+    def differences(self, view: Conditions, guidance: str = "") -> list[str]:
         """See `Table.differences`; the guidance scale counts too."""
-        found = super().differences(view)
+        found = super().differences(view, guidance)
         steps, scale, now = view.position.schedule_length, self.values.get("scale"), getattr(view, "scale", None)
         if self.steps and self.steps != steps:
             found[0] = f"{self.steps} steps (now {steps}; nothing is estimated)"
