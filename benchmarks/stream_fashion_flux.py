@@ -4,7 +4,8 @@
 
 First a gate, with the filter off: on a scene that does not move, every frame has to be the plain one within rounding.
 Then the same film frame by frame, with the filter, with the stream batch, and with both. One JSON line for the machine,
-the gate and each of them: frames a second after the first frame, calls of the transformer and the rows in them, frames
+the gate and each of them: frames a second after the first frame (with `--clock process` by the processor's time, for a
+machine that has other work, and then on the CPU only), calls of the transformer and the rows in them, frames
 skipped, and PSNR to the plain frames. A frame that goes into a stream batch comes out some calls later: `psnr` compares
 it with the frame that went in that many calls earlier, `psnr_now` with the frame that just went in. A PSNR of null is
 that of equal pixels.
@@ -16,9 +17,10 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ from dita.eval.world import Renderer, Scene, read_caption
 from dita.schedulers import Stream
 
 REST, MOVE = 8, 12  # frames
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "process": time.process_time}
 ROUNDING = 1e-4  # of 1: the same sums in another order, over all steps
 
 
@@ -44,6 +47,7 @@ class Drawing:
         caption: of the scene.
         steps, strength, guidance: of the pipeline's call.
         seed: of the noise, the same for all frames.
+        clock: by which frames are timed, "wall" or "process".
     """
 
     caption: str
@@ -51,6 +55,7 @@ class Drawing:
     strength: float = 0.5
     guidance: float = 5.0
     seed: int = 0
+    clock: str = "wall"
 
     @property
     def indices(self) -> int:
@@ -129,12 +134,12 @@ def draw(pipe: Any, frames: torch.Tensor, drawing: Drawing) -> Film:
         drawing: how.
     """
     drawn: list[torch.Tensor] = []
-    result = Film(frames)
+    result, now = Film(frames), CLOCKS[drawing.clock]
     with _counted(pipe.transformer, result):
         for frame in frames:
             before = result.calls
             synchronize(pipe.device)
-            start = time.perf_counter()
+            start = now()
             output = pipe(
                 drawing.caption,
                 image=frame[None],
@@ -148,7 +153,7 @@ def draw(pipe: Any, frames: torch.Tensor, drawing: Drawing) -> Film:
                 output_type="pt",
             )
             synchronize(pipe.device)
-            result.seconds.append(time.perf_counter() - start)
+            result.seconds.append(now() - start)
             result.skipped += result.calls == before
             drawn.append(output.images.float().cpu())
     result.frames = torch.cat(drawn).clamp(0, 1)
@@ -226,17 +231,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--out", type=Path, default=None, help="file for the same lines")
     args = parser.parse_args()
-    drawing = Drawing(args.caption, args.steps, args.strength, args.guidance, args.seed)
+    drawing = Drawing(args.caption, args.steps, args.strength, args.guidance, args.seed, args.clock)
     frames = film(args.caption, args.frames, args.seed)
     pipe = image_to_image(args.device)
     with pinned_threads(args.threads) as threads:
         machine = {"device": device_name(args.device), "threads": threads, "code": code_version()}
-        names = ("caption", "frames", "steps", "strength", "guidance", "threshold")
+        names = ("caption", "frames", "steps", "strength", "guidance", "threshold", "clock")
         asked = {name: getattr(args, name) for name in names}
-        print(json.dumps({**machine, "versions": library_versions(), **asked}), flush=True)
+        lines = [json.dumps({**machine, "versions": library_versions(), **asked})]
+        print(lines[0], flush=True)
         for line in bench(pipe, frames, drawing, args.threshold):
-            print(json.dumps(line), flush=True)
+            lines.append(json.dumps(line))
+            print(lines[-1], flush=True)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ class Plan:
         """The weights of the next step, newest anchor first, and the expected mean squared error of its output.
 
         Args:
-            past: for each step so far whether it was computed; None for one that was not seen, of which the features
-                are another's.
+            past: for each step so far whether it was computed; None for one that was not seen: at the beginning
+                another transformer's, later left out by another method.
         """
         if past not in self._found:
             self._found[past] = self._fit(past)
@@ -56,11 +56,13 @@ class Plan:
         seen = [step for step, computed in enumerate(past) if computed]
         if self.moments is None:
             return tuple(taylor_weights(len(past) - seen[-1], seen[:-3:-1])), 0.0
-        tracker = Tracker(self.moments, self.most)
+        tracker, began = Tracker(self.moments, self.most), False
         for step, computed in enumerate(past):
-            if computed and step and not any(past[:step]):
+            if computed and step and not began:
                 tracker.forget()  # another transformer ran the steps before
-            tracker.step([step in self.schedule or step == 0 if computed is None else computed])
+            began = began or bool(computed)
+            # A step that was not seen later on, some other method left out: no anchor of this stream.
+            tracker.step([bool(computed) if began else step in self.schedule or step == 0])
         count = len(tracker.anchors())
         weights = tracker.step([False])[0]
         return tuple(float(w) for w in weights[:count]), float(tracker.error()[0])

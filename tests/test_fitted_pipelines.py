@@ -288,6 +288,15 @@ def test_goes_with_guidance_and_sparse_attention(tiny: str, other: str) -> None:
     assert torch.equal(TINY[tiny].call(pipe), plain(tiny))
 
 
+def test_goes_with_a_solver_that_leaves_out_steps() -> None:
+    pipe, sada = TINY["dit"].build(), configured("sada", "forced", "dit")
+    fitted = dita.calibrate(pipe, call=TINY["dit"].call, budget=4)
+    dita.accelerate_pipeline(pipe, fitted, sada)
+    first = TINY["dit"].call(pipe)
+    assert torch.isfinite(first).all() and torch.equal(first, TINY["dit"].call(pipe))
+    assert {"computed", "forecast", "skipped"} <= {record.action for record in dita.report(pipe).last.records}
+
+
 @pytest.mark.parametrize(("slow", "outside"), [(1.0, 2.0), (9.0, 0.0)])
 def test_time_outside_of_steps_is_told_from_slow_steps(
     slow: float, outside: float, monkeypatch: pytest.MonkeyPatch
