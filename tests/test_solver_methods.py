@@ -18,7 +18,7 @@ from pipelines import TINY
 
 import dita
 from dita.config import Method
-from dita.errors import DitaError
+from dita.errors import DitaError, DitaWarning
 from dita.kernels.reduction.sada_token import SADAToken, TokenCache
 from dita.loop import Step
 from dita.schedulers.solvers import SADA, DualFast
@@ -176,6 +176,13 @@ def test_sada_follows_the_authors_on_a_flow(tiny: str) -> None:
         in_a_row = in_a_row + 1 if skip else 0
     assert sorted({r.step for r in run.records if r.action == "computed"}) == computed and len(computed) < steps
     torch.testing.assert_close(output, x, rtol=1e-4, atol=1e-4)
+
+
+def test_sada_says_that_a_flow_has_no_polynomial() -> None:
+    with pytest.warns(DitaWarning, match="no effect under flow matching"):
+        dita.accelerate_pipeline(TINY["flux"].build(), SADA(terms=3))
+    dita.accelerate_pipeline(TINY["flux"].build(), SADA())  # warnings are errors
+    dita.accelerate_pipeline(TINY["dit"].build(), SADA(terms=3))
 
 
 def test_sada_schedule_of_50_steps() -> None:

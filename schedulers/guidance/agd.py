@@ -24,6 +24,8 @@ a perceptron of each adapter's own instead of the model's; what a module puts ou
 it reads; embeddings carry no position. Where the projection is shared with text tokens (CogVideoX) or with the MLP
 (single blocks of Flux) the adapter adds to these too. `begin` is not in the paper.
 
+Adapters that ship with dita exist for fashion-dit only; other pipelines need a training of their own.
+
 Adapters know the unconditional input of their training: another negative prompt is not heard. A run without guidance is
 left alone, and so is one whose pipeline has a third branch in the same batch or runs the unconditional one first.
 

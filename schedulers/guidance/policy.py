@@ -117,6 +117,9 @@ class GuidanceLoop(Loop):
             return self._first(request, run)
         if request.roles == ("uncond",) and self._cond is not None:
             return self._second(request, run)
+        if request.roles == ("third",) and self._key is not None and self._wanted.branches == "none":
+            request.leave_out(self._wanted.reason)
+            return request.answer((request.empty(),))
         if request.roles == ("all",):
             request.remark(
                 f"{self.name} changes guidance, but this run has none (a guidance-distilled model, a scale of 1, or no "
@@ -165,7 +168,8 @@ class GuidanceLoop(Loop):
     def _together(self, request: Request, run: Runner) -> Any:
         moment = self._ask(request)
         request = replace(request, reason=self._wanted.reason, fresh=self._wanted.fresh)
-        if not request.divisible or (self._wanted.branches == "both" and not request.apart):
+        wanted = self._wanted.branches
+        if not request.divisible or (wanted == "both" and not request.apart):
             result = run(request)
             whole, rebuild = flatten(result)
             places = {role: n for n, role in enumerate(request.roles)}
@@ -174,18 +178,25 @@ class GuidanceLoop(Loop):
                 role: tuple(None if t is None else t[n * size : (n + 1) * size] for t in whole)
                 for role, n in places.items()
             }
-            stand_in = self._stand_in(moment, parts["cond"], parts["uncond"])
+            if wanted != "both":
+                request.remark(
+                    f"{self.name} leaves out no branch of this pipeline, whose attention reads all rows of the batch "
+                    "at once (perturbed-attention guidance): the output is the method's, nothing is saved"
+                )
+            if wanted == "none":
+                return rebuild(tuple(None if t is None else torch.zeros_like(t) for t in whole))
+            stand_in = self._stand_in(moment, parts["cond"], parts["uncond"] if wanted == "both" else None)
             if stand_in is parts["uncond"]:
                 return result
             parts["uncond"] = stand_in
             return rebuild(_joined(request.roles, parts))
-        left_out = {"both": (), "cond": ("uncond",), "none": ("cond", "uncond")}[self._wanted.branches]
+        left_out: tuple[str, ...] = {"both": (), "cond": ("uncond",), "none": request.roles}[wanted]
         results = {role: run(request.part(role)) for role in request.roles if role not in left_out}
         parts = {role: tensors_of(result) for role, result in results.items()}
         for role in left_out:
             request.left_out(request.position, role, self._wanted.reason)
-        if self._wanted.branches == "none":
-            parts["cond"] = parts["uncond"] = (request.part("cond").empty(),)
+        if wanted == "none":
+            parts = dict.fromkeys(request.roles, (request.part("cond").empty(),))
         else:
             parts["uncond"] = self._stand_in(moment, parts["cond"], parts.get("uncond"))
         joined = _joined(request.roles, parts)

@@ -12,7 +12,8 @@ How: at a skipped step the scheduler is given the output of a model that sees a 
 output is its own: before `lagrange` the x0 that the old output shows in x', after it the polynomial through the last
 `terms` x0 that were kept, one every `interval` steps. The transformer's last outputs are returned meanwhile, for the
 pipeline to combine; they serve for the slope. Under flow matching f is the output itself, M = -(f_t - 2 f_t+1 + f_t+2),
-and skipped steps get 2 f_t+1 - f_t+2 of the last two outputs remembered, then the last of them.
+and there is no polynomial: in both parts of the run a skipped step gets 2 f_t+1 - f_t+2 of the last two outputs
+remembered, the following ones the last of them, whatever `terms` is.
 
 Published for 50 steps: skip after steps 10 to 46, `lagrange` from step 24 with 4 terms (SD-2, SDXL) or from 20 with 3
 (FLUX), both with interval 4 and max_skip 4. Here these are shares of the run's steps; 50 steps give the published ones.
@@ -38,6 +39,7 @@ in x_t-1, here in x' as with DPM-Solver++. DDIM, UniPC and flow matching with so
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -45,12 +47,12 @@ import torch
 
 from dita.anatomy import Anatomy
 from dita.config import check_number, check_whole
-from dita.errors import DitaError
+from dita.errors import DitaError, DitaWarning
 from dita.loop import Loop, LoopVariables, Request, Run, Runner, Solver, Step, tensors_of
 from dita.registry import register
 from dita.schedulers.base import SamplingMethod
 from dita.schedulers.levels import entry_of
-from dita.schedulers.solvers.stability import Criterion, criterion_for
+from dita.schedulers.solvers.stability import Criterion, FlowCriterion, criterion_for
 from dita.schedulers.timesteps.schedule import check_scheduler
 
 
@@ -162,7 +164,8 @@ class SADA(SamplingMethod):
         start, stop: shares of the run between which a step may be followed by a skipped one.
         lagrange: share of the run from which one step of every `interval` is computed; 1 for the criterion throughout.
         interval: steps from one x0 that is kept to the next.
-        terms: how many x0 the polynomial goes through, at most.
+        terms: how many x0 the polynomial goes through, at most; without effect under flow matching, where setting it
+            brings a warning.
         max_skip: most skipped steps in a row; 0 skips none.
         agree: "all" samples of a batch must be stable, or their "mean".
         reach: "timestep", as the authors' code, or "step", as their formula: how far a sample is extrapolated.
@@ -248,8 +251,10 @@ class SADA(SamplingMethod):
 
     def make(self, anatomies: tuple[Anatomy, ...], pipe: Any) -> SADALoop:
         """See `SamplingMethod.make`."""
-        if pipe is not None:
-            self.criterion(pipe.scheduler)
+        flows = pipe is not None and isinstance(self.criterion(pipe.scheduler), FlowCriterion)
+        if flows and self.terms != type(self).terms:
+            text = "sada's terms have no effect under flow matching, where no polynomial through x0 is used"
+            warnings.warn(text, DitaWarning, stacklevel=2)
         return SADALoop(self)
 
     @classmethod
