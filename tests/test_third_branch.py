@@ -73,7 +73,7 @@ def stand_in(config: Method) -> Policy:
 
 
 @torch.no_grad()
-def by_hand(kind: str, policy: Policy, zero: int = 0) -> torch.Tensor:
+def by_hand(kind: str, policy: Policy, zero: float = 0) -> torch.Tensor:
     """The pipeline's loop without dita; the first `zero` steps have an output of zero."""
     pipe, calls = build(kind), []
 

@@ -190,13 +190,14 @@ class GuidanceLoop(Loop):
                 return result
             parts["uncond"] = stand_in
             return rebuild(_joined(request.roles, parts))
-        left_out: tuple[str, ...] = {"both": (), "cond": ("uncond",), "none": request.roles}[wanted]
+        left_out: tuple[str, ...] = {"both": (), "cond": ("uncond",), "none": tuple(sorted(request.roles))}[wanted]
         results = {role: run(request.part(role)) for role in request.roles if role not in left_out}
         parts = {role: tensors_of(result) for role, result in results.items()}
         for role in left_out:
             request.left_out(request.position, role, self._wanted.reason)
         if wanted == "none":
-            parts = dict.fromkeys(request.roles, (request.part("cond").empty(),))
+            still: Features = (request.part("cond").empty(),)
+            parts = dict.fromkeys(request.roles, still)
         else:
             parts["uncond"] = self._stand_in(moment, parts["cond"], parts.get("uncond"))
         joined = _joined(request.roles, parts)
