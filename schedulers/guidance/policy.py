@@ -196,8 +196,8 @@ class GuidanceLoop(Loop):
         for role in left_out:
             request.left_out(request.position, role, self._wanted.reason)
         if wanted == "none":
-            still: Features = (request.part("cond").empty(),)
-            parts = dict.fromkeys(request.roles, still)
+            empty = request.part("cond").empty()
+            parts.update({role: (empty,) for role in request.roles})
         else:
             parts["uncond"] = self._stand_in(moment, parts["cond"], parts.get("uncond"))
         joined = _joined(request.roles, parts)
