@@ -17,6 +17,7 @@ from dita.errors import DitaError, DitaWarning
 from dita.eval.composition import Composition
 from dita.eval.flops import count_flops
 from dita.eval.group import Group
+from dita.eval.memory import resident_growth
 from dita.eval.peers import Peer
 from dita.eval.sampling import Drawn, Sampling, draw
 from dita.eval.settings import PLAIN, Setting, digest
@@ -43,7 +44,8 @@ class Cost:
     matched: list[float] = field(default_factory=list)  # own seconds next to each of plain_seconds
     computed: list[float] = field(default_factory=list)
     cache_bytes: list[int] = field(default_factory=list)
-    memory_bytes: int | None = None
+    memory_bytes: int | None = None  # of the GPU
+    resident_bytes: int | None = None  # by which the process grew, on a CPU
     timeline: dict[str, str] = field(default_factory=dict)
     calibration_seconds: float | None = None
     config: dict[str, Any] | None = None
@@ -114,10 +116,12 @@ class Bench:
         cost.first_batch = len(first)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        with self._attached(setting, cost, first=True):
+        with self._attached(setting, cost, first=True), resident_growth() as growth:
             cost.flops, drawn = count_flops(lambda: draw(self.pipe, self.sampling, first, setting.steps))
         if self.device.type == "cuda":
             cost.memory_bytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            cost.resident_bytes = growth.bytes
         observe(drawn, first)
         self.advance()
         full = [indices for indices in rest if len(indices) == len(first)]
@@ -292,6 +296,8 @@ def merge(costs: list[Cost], plain_flops: float | None) -> dict[str, Any]:
         row["resolved_config"] = first.config
     if first.memory_bytes is not None:
         row["peak_memory_bytes"] = max(cost.memory_bytes or 0 for cost in costs)
+    if first.resident_bytes is not None:
+        row["peak_resident_bytes"] = max(cost.resident_bytes or 0 for cost in costs)
     if first.calibration_seconds is not None:
         row["calibration_seconds"] = first.calibration_seconds
     notes = list(dict.fromkeys(note for cost in costs for note in cost.notes))

@@ -184,7 +184,12 @@ COLUMNS: tuple[Column, ...] = (
         "density", _number("density", ".1%"), "pairs of tokens that attention computed, of all, over computed layers"
     ),
     Column("cache MiB", _number("peak_cache_bytes", ".2f", 2**-20), "largest extra memory held, for one batch"),
-    Column("peak MiB", _number("peak_memory_bytes", ".0f", 2**-20), "most memory in use during a run"),
+    Column("peak MiB", _number("peak_memory_bytes", ".0f", 2**-20), "most GPU memory in use during a run"),
+    Column(
+        "RSS MiB",
+        _number("peak_resident_bytes", ".0f", 2**-20),
+        "by how much the process grew at most during a run on a CPU: all of its memory, not tensors alone",
+    ),
     *(Column(each.title, each.text, each.meaning, _spread(each.name, each.form)) for each in METRICS),
     Column("samples", _number("samples", "d"), "samples drawn"),
 )

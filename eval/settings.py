@@ -27,10 +27,10 @@ QUICK = ("fitted", "taylorseer", "ab-cache", "magcache", "fbcache")
 
 _FEWER_STEPS_LADDER = (0.8, 0.5, 0.4, 0.3, 0.24, 0.2, 0.16)  # of the plain run's steps
 _ROOMS = ("caching", "kernels", "schedulers", "eval/metrics", "eval/peers")
-_EVAL_FILES = tuple(
-    f"{name}.py"
-    for name in ("bench", "classifier", "composition", "data", "flops", "judge", "sampling", "timing", "worldnet")
-)
+_MEASURING = (
+    "bench", "classifier", "composition", "data", "flops", "judge", "memory", "sampling", "timing", "worldnet"
+)  # fmt: skip
+_EVAL_FILES = tuple(f"{name}.py" for name in _MEASURING)
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,8 @@ MEASURED = {
     "accuracy_change": -0.01,
     "garment_accuracy": 0.9, "colour_accuracy": 1.0, "place_accuracy": 0.7, "motion_accuracy": 0.85, "fd_world": 12.5,
     "perceptual": 0.0123, "kid": 0.01, "fid": 20.0, "lpips": 0.2, "clip_score": 31.0, "flicker_difference": -0.001,
-    "motion_consistency": 0.9, "latent_l1": 0.1, "latent_l2": 0.2, "peak_memory_bytes": 3 << 20, "ssim": 0.9,
+    "motion_consistency": 0.9, "latent_l1": 0.1, "latent_l2": 0.2,
+    "peak_memory_bytes": 3 << 20, "peak_resident_bytes": 5 << 20, "ssim": 0.9,
     "intervals": {"psnr": [29.94, 32.04], "semantic_accuracy": [0.7, 0.9]},
 }  # fmt: skip
 
@@ -95,7 +96,7 @@ def test_every_measure_has_a_column_and_the_console_stays_narrow():
     head, cells = table(rows)
     assert {metric.title for metric in METRICS} - set(head) == set()
     shown = dict(zip(head, cells[0], strict=True))
-    assert (shown["origin"], shown["peak MiB"], shown["frames"]) == ("peer", "3", "13")
+    assert (shown["origin"], shown["peak MiB"], shown["RSS MiB"], shown["frames"]) == ("peer", "3", "5", "13")
     assert (shown["media"], shown["semantic acc."], shown["FD-world"]) == ("video", "81.2%", "12.50")
     console = Console(width=120, file=io.StringIO(), record=True)
     del rows[1]["class_accuracy"], rows[1]["fd_garment"], rows[0]["class_accuracy"], rows[0]["fd_garment"]

@@ -79,6 +79,7 @@ def test_rows_say_what_was_measured(make):
     assert taylor["identical"] == 0
     assert taylor["peak_cache_bytes"] > 0
     for row in rows.values():
+        assert 0 <= row["peak_resident_bytes"] < 1 << 32 and "peak_memory_bytes" not in row
         assert len(row["seconds"]) == 3, "four batches, of which the first warms up"
         assert len(row["plain_seconds"]) == 2
         assert row["fd_garment"] > 0
