@@ -18,13 +18,17 @@ from dita.eval.sampling import Sampling
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = {
     "speedup", "seconds_per_image", "plain_seconds_per_image", "seconds", "plain_seconds", "measured", "processes",
-    "notes", "calibration_seconds",
+    "notes", "calibration_seconds", "peak_resident_bytes",
 }  # fmt: skip
 
 
 def sweep(folder: Path, out: Path, processes: int) -> list[dict]:
-    # What `accelerate launch` starts on GPUs; on CPUs it wants MPI for more than one process.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    # With --cpu it would start one process, or want MPI; what --multi_gpu starts does not need a GPU.
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launch += ["--main_process_port", "0"]
     asked = ["--model", str(folder), "--samples", "7", "--batch", "2", "--steps", "4", "--threads", "1"]
     asked += ["-m", "fewer steps,taylorseer", "--quick", "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}

@@ -21,6 +21,7 @@ from dita.eval.peers.cache_dit import DBCache
 from dita.eval.peers.diffusers_attention import FasterCache, PyramidBroadcast, halves_exchanged
 from dita.eval.peers.diffusers_hooks import FirstBlock, MagCache
 from dita.eval.peers.diffusers_taylorseer import TaylorSeer, TaylorSeerLite, module_patterns
+from dita.eval.peers.grid import grid
 from dita.eval.settings import varying
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -427,3 +428,12 @@ def test_importing_peers_is_light():
     code = "import sys, dita.eval.peers; print([name for name in ('diffusers', 'cache_dit') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_table_of_settings_is_what_the_peers_say() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "peers.md").read_text(encoding="utf-8")
+    _, table, _ = re.split(r"<!-- peers:(?:start|end) -->\n", page)
+    assert table == grid()
+    for peer in peers():
+        line = next(line for line in table.splitlines() if line.startswith(f"| {peer.name} |"))
+        assert line.count("`") == 2 * len(peer.ladder())
