@@ -26,6 +26,7 @@ def block_sparse_attention(
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
     backend: str = "auto",
+    need_lse: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention over the blocks of keys that a plan keeps.
 
@@ -35,8 +36,8 @@ def block_sparse_attention(
         plan: what each block of queries sees.
         scale: of the logits, 1 / sqrt(D) by default.
         key_mask: bool [B, M], False for keys that no query sees, such as padded text.
-        backend: one of `BACKENDS`; "flex" returns no log-sum-exp but NaN, "int8" rounds queries and keys to 8 bits, as
-            SpargeAttn does.
+        backend: one of `BACKENDS`; "int8" rounds queries and keys to 8 bits, as SpargeAttn does.
+        need_lse: the log-sum-exp is read; "flex", which has none, is then refused, and otherwise returns NaN for it.
 
     Returns:
         output [B, H, N, D] in the dtype of q, and the natural log of the sum of exponentials, float32 [B, H, N]. A
@@ -56,6 +57,11 @@ def block_sparse_attention(
     check_fit(q, k, v, plan, key_mask)
     if backend not in BACKENDS:
         raise DitaError(f"there is no backend {backend!r}; expected one of {', '.join(BACKENDS)}")
+    if backend == "flex" and need_lse:
+        raise DitaError(
+            "FlexAttention returns no log-sum-exp on a CPU, which whoever merges or rescales the output reads; use the "
+            '"gather" backend, or say need_lse=False'
+        )
     if backend == "auto":
         backend = "triton" if q.is_cuda else "gather"
     if backend == "naive":

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dita.errors import DitaError
-from dita.kernels.plan import BlockPlan, block_count, present
+from dita.kernels.plan import BlockPlan, Grouping, block_count, present
 
 _GATHERED_BYTES = 2**21  # keys and values at a time: about what stays in a core's second-level cache
 _MAX_SHAPES = 64  # compiled forms of FlexAttention; torch's own limit is 8, after which it silently runs uncompiled
@@ -61,7 +61,7 @@ def gather_attention(
     """Copy the kept keys of some query blocks side by side and attend to them, a cache's worth at a time.
 
     Only tokens that count are copied, so that nothing is padded or masked. Query blocks that see the same keys are
-    one, and those of equally many queries and keys go together.
+    one, and those of equally many queries and keys go together; the plan keeps how they go (`grouping`).
 
     Args:
         q: [B, H, N, D].
@@ -79,39 +79,15 @@ def gather_attention(
         >>> torch.allclose(gather_attention(q, q, q, plan, 1.0)[1][0, 0, :2], (q @ q.mT)[0, 0, :2, :2].logsumexp(-1))
         True
     """
-    (batch, heads, tokens, width), key_heads, keys = q.shape, k.shape[1], k.shape[2]
-    rows, columns = block_count(tokens, plan.block_q), block_count(keys, plan.block_k)
+    width = q.shape[3]
     queries, sources = q.reshape(-1, width), tuple(x.reshape(-1, width) for x in (k, v))
-    valid = torch.ones(1, 1, keys, dtype=torch.bool) if key_valid is None else key_valid
-    valid = valid.expand(batch, key_heads, keys)
-    if key_valid is not None:
-        counted = valid.flatten().nonzero()[:, 0]
-        sources = tuple(x.index_select(0, counted) for x in sources)
-    # Of every block of keys, and of one more without any, where they begin in the sources and how many there are.
-    held = torch.nn.functional.pad(valid, (0, columns * plan.block_k - keys)).unflatten(-1, (columns, plan.block_k))
-    held = held.sum(-1).flatten(0, 1)
-    begin = (held.flatten().cumsum(0) - held.flatten()).view_as(held)
-    held, begin = (torch.nn.functional.pad(x, (0, 1)) for x in (held, begin))
-    # Of every block of queries, the same; an empty place before its last query is computed for nothing.
-    asked = present(plan.order_q, tokens, plan.block_q) * torch.arange(1, plan.block_q + 1)
-    asked = asked.amax(-1).expand(batch, heads, rows).flatten()
-    head = torch.arange(batch * heads).repeat_interleave(rows)
-    first = head * tokens + (torch.arange(rows) * plan.block_q).repeat(batch * heads)
-
-    owner = head // heads * key_heads + head % heads // (heads // key_heads)  # the key head that serves it
-    unread = torch.arange(plan.indices.shape[-1]) >= plan.counts[..., None]
-    lists = plan.indices.long().masked_fill(unread, columns).expand(batch, heads, rows, -1).flatten(0, 2)
-    lists, group = torch.cat([owner[:, None], lists], 1).unique(dim=0, return_inverse=True)
-    owner, lists = lists[:, :1], lists[:, 1:]
-    begin, held = begin[owner, lists], held[owner, lists]
-    seen = held.sum(1)
-    code = seen * (len(queries) + 1) + torch.zeros_like(seen).index_add_(0, group, asked)
-    row = (code[group] * len(code) + group).argsort(stable=True)
-    places, order = _spans(first[row], asked[row]), code.argsort(stable=True)
+    groups = grouping(plan, (*q.shape[:3], *k.shape[1:3]), key_valid)
+    if groups.counted is not None:
+        sources = tuple(x.index_select(0, groups.counted) for x in sources)
+    begin, held, order, places = groups.begin, groups.held, groups.order, groups.places
     trains = any(x.requires_grad for x in (q, k, v))
     out, lse = torch.zeros_like(queries), torch.full(queries.shape[:1], -math.inf)
-    for kind, number in zip(*(x.tolist() for x in code[order].unique_consecutive(return_counts=True)), strict=True):
-        length, asking = divmod(kind, len(queries) + 1)
+    for length, asking, number in groups.kinds:
         some, order = order.tensor_split([number])
         mine, places = places.tensor_split([number * asking])
         if not length or not asking:
@@ -132,6 +108,59 @@ def gather_attention(
             out.index_copy_(0, asks, answer.reshape(-1, width))
             lse.index_copy_(0, asks, sums.flatten())
     return out.view(q.shape), lse.view(q.shape[:3])
+
+
+def grouping(plan: BlockPlan, shape: tuple[int, ...], key_valid: torch.Tensor | None) -> Grouping:
+    """The groups of a plan's query blocks, worked out when they are first asked for.
+
+    Args:
+        plan: which keeps the newest.
+        shape: batch, query heads, queries, key heads and keys.
+        key_valid: as of `gather_attention`.
+
+    Example:
+        >>> plan = BlockPlan.of_mask(torch.ones(1, 1, 2, 3, dtype=torch.bool), 2, 2)
+        >>> found = grouping(plan, (1, 1, 4, 1, 6), None)
+        >>> found.kinds, grouping(plan, (1, 1, 4, 1, 6), None) is found
+        ([(6, 4, 1)], True)
+    """
+    known = plan.grouping
+    if known is None or not known.serves(shape, key_valid):
+        known = _group(plan, shape, key_valid)
+        object.__setattr__(plan, "grouping", known)
+    return known
+
+
+def _group(plan: BlockPlan, shape: tuple[int, ...], key_valid: torch.Tensor | None) -> Grouping:
+    batch, heads, tokens, key_heads, keys = shape
+    rows, columns = block_count(tokens, plan.block_q), block_count(keys, plan.block_k)
+    valid = torch.ones(1, 1, keys, dtype=torch.bool) if key_valid is None else key_valid
+    valid = valid.expand(batch, key_heads, keys)
+    counted = None if key_valid is None else valid.flatten().nonzero()[:, 0]
+    # Of every block of keys, and of one more without any, where they begin in the sources and how many there are.
+    held = torch.nn.functional.pad(valid, (0, columns * plan.block_k - keys)).unflatten(-1, (columns, plan.block_k))
+    held = held.sum(-1).flatten(0, 1)
+    begin = (held.flatten().cumsum(0) - held.flatten()).view_as(held)
+    held, begin = (torch.nn.functional.pad(x, (0, 1)) for x in (held, begin))
+    # Of every block of queries, the same; an empty place before its last query is computed for nothing.
+    asked = present(plan.order_q, tokens, plan.block_q) * torch.arange(1, plan.block_q + 1)
+    asked = asked.amax(-1).expand(batch, heads, rows).flatten()
+    head = torch.arange(batch * heads).repeat_interleave(rows)
+    first = head * tokens + (torch.arange(rows) * plan.block_q).repeat(batch * heads)
+
+    owner = head // heads * key_heads + head % heads // (heads // key_heads)  # the key head that serves it
+    unread = torch.arange(plan.indices.shape[-1]) >= plan.counts[..., None]
+    lists = plan.indices.long().masked_fill(unread, columns).expand(batch, heads, rows, -1).flatten(0, 2)
+    lists, group = torch.cat([owner[:, None], lists], 1).unique(dim=0, return_inverse=True)
+    owner, lists = lists[:, :1], lists[:, 1:]
+    begin, held = begin[owner, lists], held[owner, lists]
+    seen, most = held.sum(1), batch * heads * tokens + 1
+    code = seen * most + torch.zeros_like(seen).index_add_(0, group, asked)
+    row = (code[group] * len(code) + group).argsort(stable=True)
+    order = code.argsort(stable=True)
+    found = zip(*(x.tolist() for x in code[order].unique_consecutive(return_counts=True)), strict=True)
+    kinds = [(*divmod(kind, most), number) for kind, number in found]
+    return Grouping(shape, key_valid, counted, begin, held, order, _spans(first[row], asked[row]), kinds)
 
 
 def _spans(first: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -3,11 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from dita.errors import DitaError
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """The query blocks of a plan by what they see, for backends that gather keys; kept as long as the plan.
+
+    Attributes:
+        shape: batch, query heads, queries, key heads and keys that it is for.
+        valid: bool, keys that count, as given; None for all.
+        counted: int64, numbers of the keys that count among all of all samples and heads; None for all.
+        begin, held: int64 [G, K], of each group the spans of keys that it sees: the first, and how many.
+        order: int64 [G], groups of equally many keys and queries behind each other.
+        places: int64, the queries in the groups' order.
+        kinds: of groups alike: keys, queries, and how many groups.
+    """
+
+    shape: tuple[int, ...]
+    valid: torch.Tensor | None
+    counted: torch.Tensor | None
+    begin: torch.Tensor
+    held: torch.Tensor
+    order: torch.Tensor
+    places: torch.Tensor
+    kinds: list[tuple[int, int, int]]
+
+    def serves(self, shape: tuple[int, ...], valid: torch.Tensor | None) -> bool:
+        """Whether it is for these tokens, of which the same count."""
+        if shape != self.shape or valid is None or self.valid is None:
+            return shape == self.shape and valid is self.valid
+        return torch.equal(valid, self.valid)
 
 
 @dataclass(frozen=True)
@@ -26,6 +56,7 @@ class BlockPlan:
             as a key it is not seen, as a query its output is 0 and its log-sum-exp -inf.
         lifetime: for how many further steps a policy means to use it.
         holes: whether an order has empty places; looked up if None, for which a GPU is waited for.
+        grouping: how its blocks go together where keys are gathered, once that was asked for.
 
     Example:
         >>> plan = BlockPlan.of_mask(torch.tensor([[True, False], [True, True]])[None, None], 2, 2)
@@ -42,6 +73,7 @@ class BlockPlan:
     order_k: torch.Tensor | None = None
     lifetime: int = 0
     holes: bool | None = None
+    grouping: Grouping | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         counts, indices = self.counts, self.indices

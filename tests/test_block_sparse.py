@@ -103,8 +103,12 @@ def test_full_plan_is_dense_attention() -> None:
     plan = BlockPlan.of_mask(torch.ones(1, 1, 3, 5, dtype=torch.bool), 16, 8)
     out, lse = block_sparse_attention(q, k, v, plan)
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    torch.testing.assert_close(out, dense, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(lse, dense_attention(q, k, v)[1])
+    assert torch.equal(out, dense), "gathering all keys is torch's own attention, bit for bit"
+    assert torch.equal(lse, dense_attention(q, k, v)[1])
+    exact, whole = masked_attention(q.double(), k.double(), v.double())
+    check((out, lse), (exact, whole))
+    naive = block_sparse_attention(q, k, v, plan, backend="naive")
+    check(naive, (exact, whole))
 
 
 def test_large_logits_and_junk_after_the_counts() -> None:
@@ -129,6 +133,31 @@ def test_merging_two_halves_of_the_keys_is_the_whole() -> None:
     check(merge(one, two), by_hand(q, k, v, whole, 16, 8))
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_plan_keeps_how_its_blocks_go_together(monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
+    from dita.kernels import block_sparse_cpu
+
+    made: list[int] = []
+    work_out = block_sparse_cpu._group
+    monkeypatch.setattr(block_sparse_cpu, "_group", lambda *given: made.append(1) or work_out(*given))
+    q, k, v = noise(2, 4, 50, 8), noise(2, heads, 41, 8, seed=1), noise(2, heads, 41, 8, seed=2)
+    blocks = draw((2, 4, 7, 6))
+    plan = BlockPlan.of_mask(blocks, 8, 8)
+    mask, other = draw((2, 41), 0.7), draw((2, 41), 0.7, seed=9)
+    for number, key_mask in enumerate((None, mask, mask.clone(), other, None)):
+        fresh = block_sparse_attention(q, k, v, BlockPlan.of_mask(blocks, 8, 8), key_mask=key_mask)
+        made.clear()
+        kept = block_sparse_attention(q, k, v, plan, key_mask=key_mask)
+        assert len(made) == (number != 2), "another mask is worked out anew, an equal one is not"
+        assert all(torch.equal(a, b) for a, b in zip(fresh, kept, strict=True))
+    made.clear()
+    fewer = [x[:1].contiguous() for x in (q, k, v)]
+    one = BlockPlan.of_mask(blocks[:1], 8, 8)
+    for _ in range(2):
+        block_sparse_attention(fewer[0], fewer[1], fewer[2], one)
+    assert len(made) == 1 and plan.to("cpu").grouping is None
+
+
 def test_same_result_twice_and_inputs_untouched() -> None:
     q, k, v = (noise(1, 2, 48, 8, seed=s) for s in range(3))
     copies = [t.clone() for t in (q, k, v)]
@@ -147,14 +176,22 @@ def test_compiled_flex_attention_agrees_and_new_plans_compile_nothing(monkeypatc
         blocks = draw((1, 2, 4, 4), 0.5, seed)
         plan = BlockPlan.of_mask(blocks, 32, 32)
         before = dynamo.utils.counters["stats"]["unique_graphs"]
-        out, lse = block_sparse_attention(q, k, v, plan, backend="flex")
+        out, lse = block_sparse_attention(q, k, v, plan, backend="flex", need_lse=False)
         compiled = dynamo.utils.counters["stats"]["unique_graphs"] - before
         assert compiled == (1 if seed == 0 else 0)
         torch.testing.assert_close(out.double(), by_hand(q, k, v, blocks, 32, 32)[0], rtol=2e-6, atol=2e-6)
         assert lse.isnan().all(), "no log-sum-exp is to be had, and none is made up"
     monkeypatch.setattr("dita.kernels.block_sparse_cpu._MAX_SHAPES", 1)
     with pytest.raises(DitaError, match="compiled for 1 shapes already"):
-        block_sparse_attention(q[:, :, :64], k, v, BlockPlan.of_mask(draw((1, 2, 2, 4)), 32, 32), backend="flex")
+        plan = BlockPlan.of_mask(draw((1, 2, 2, 4)), 32, 32)
+        block_sparse_attention(q[:, :, :64], k, v, plan, backend="flex", need_lse=False)
+
+
+def test_who_reads_the_log_sum_exp_is_never_given_flex() -> None:
+    q, plan = noise(1, 1, 32, 16), BlockPlan.of_mask(torch.ones(1, 1, 1, 1, dtype=torch.bool), 32, 32)
+    with pytest.raises(DitaError, match="returns no log-sum-exp on a CPU"):
+        block_sparse_attention(q, q, q, plan, backend="flex")
+    assert not block_sparse_attention(q, q, q, plan)[1].isnan().any(), "auto"
 
 
 @pytest.mark.parametrize(

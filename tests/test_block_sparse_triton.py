@@ -145,13 +145,16 @@ def tiles(device: str) -> None:
 
 @group
 def heads_and_strides(device: str) -> None:
-    """Grouped heads, shared plans, views of [B, N, H, D], padded head strides."""
+    """Grouped heads 4:2 and 4:1, shared plans, views of [B, N, H, D], padded head strides."""
     q, k, v = inputs(32, 48, 16, device, batch=2, heads=4, key_heads=2)
     whole = random_plan(32, 48, 16, 16, device, batch=2, heads=4)
     agree(launch(q, k, v, whole), exact(q, k, v, whole), 2e-6)
     for batch, heads in ((1, 4), (2, 1), (1, 1)):
         plan = random_plan(32, 48, 16, 16, device, batch, heads)
         agree(launch(q, k, v, plan), exact(q, k, v, plan), 2e-6)
+    q, k, v = inputs(32, 48, 16, device, heads=4, key_heads=1)
+    plan = random_plan(32, 48, 16, 16, device, heads=4)
+    agree(launch(q, k, v, plan), exact(q, k, v, plan), 2e-6)
 
     packed = torch.randn(1, 40, 3, 2, 24, device=device)  # as one projection gives q, k and v
     q, k, v = packed.transpose(1, 3).unbind(2)
