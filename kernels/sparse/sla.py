@@ -3,7 +3,8 @@
 Zhang et al., "SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear Attention", 2025,
 arXiv 2509.24006.
 
-Score: products of means of blocks of queries and of keys, the mean of all keys taken off. Selection: every row of
+Score: products of means of blocks of queries and of keys (the paper takes the mean of all keys off, which changes no
+order). Selection: every row of
 blocks keeps equally many, and all text. Second branch, for image tokens: with phi the softmax over the head dim and
 sums over all keys j, L_i = sum_j phi(q_i) phi(k_j) v_j / (1e-5 + sum_j phi(q_i) phi(k_j)); the answer is
 O_sparse + L W^T + b with one projection W [D, D], b [D] per layer, shared by its heads.
@@ -31,10 +32,10 @@ from dita.config import check_number, check_whole
 from dita.errors import DitaError
 from dita.files import read_tensors
 from dita.kernels.plan import BlockPlan
+from dita.kernels.pooled_scores import pooled_topk
 from dita.kernels.sparse.base import SparseMethod
 from dita.kernels.sparse.layout import Cut
 from dita.kernels.sparse.policy import Asked, Policy
-from dita.kernels.sparse.select import top_per_row
 from dita.registry import register
 
 Projection = tuple[torch.Tensor, torch.Tensor]
@@ -84,12 +85,12 @@ class SparseLinear(Policy):
         """The blocks of highest score of each row."""
         if self.density >= 1:
             return None
-        cut = Cut(asked.layout, self.block, self.block, device=asked.q.device)
-        queries, keys = cut.means(asked.q, self.block), cut.means(asked.k, self.block)
-        # Changes no order; it keeps large common parts of the keys out of the products.
-        keys = (keys - asked.k.float().mean(2, keepdim=True)).repeat_interleave(asked.q.shape[1] // asked.k.shape[1], 1)
+        cut, image = Cut(asked.layout, self.block, self.block, device=asked.q.device), asked.layout.visual_slice
+        q, k = asked.q[:, :, image], asked.k[:, :, image]
+        valid = None if asked.key_mask is None else asked.key_mask[:, None, image]
         keep = max(1, int(self.density * cut.columns))
-        return cut.plan(top_per_row(queries @ keys.transpose(-2, -1), keep))
+        counts, indices = pooled_topk(q, k, self.block, self.block, keep, asked.scale, valid)
+        return cut.plan(BlockPlan(counts, indices, self.block, self.block).mask(cut.columns))
 
     def finish(self, asked: Asked, plan: BlockPlan, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         """Add the linear branch to the image tokens."""
