@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,7 @@ from dita.anatomy import Anatomy, describe
 from dita.attention_view import Attended
 from dita.config import Method
 from dita.errors import DitaError
-from dita.kernels.block_sparse import block_sparse_attention, dense_attention
-from dita.kernels.plan import BlockPlan
+from dita.kernels.block_sparse import dense_attention
 from dita.kernels.sparse.base import SparseMethod
 from dita.kernels.sparse.handler import SparseHandler
 from dita.kernels.sparse.layout import Layout
@@ -57,7 +56,8 @@ class _Keep(Policy):
     def attend(self, asked: Asked) -> torch.Tensor:
         key = (asked.layer, asked.step)
         if asked.step in self.wanted_steps and asked.layer in self.wanted_layers and key not in self.kept:
-            seen = Attended(asked.q.clone(), asked.k.clone(), asked.v.clone(), scale=asked.scale)
+            mask = None if asked.key_mask is None else asked.key_mask[:, None, None]
+            seen = Attended(asked.q.clone(), asked.k.clone(), asked.v.clone(), mask, asked.scale)
             self.kept[key] = Captured(asked.layer, asked.layers, asked.step, asked.steps, seen, asked.layout)
             if self.stop and len(self.kept) == len(self.wanted_steps) * len(self.wanted_layers):
                 raise _Enough
@@ -113,24 +113,26 @@ def capture(
     return keep.kept
 
 
-def recall(captured: Captured, plan: BlockPlan) -> float:
-    """The part of the attention's mass that a plan keeps, averaged over queries.
+def recall(captured: Captured, lse: torch.Tensor) -> float:
+    """The part of the attention's mass that was computed, averaged over queries.
+
+    Args:
+        captured: the attention.
+        lse: log-sum-exp of the logits that were computed, float32 [B, H, N].
 
     Example:
         >>> q = torch.zeros(1, 1, 4, 8)
-        >>> plan = BlockPlan.of_mask(torch.eye(2, dtype=torch.bool)[None, None], 2, 2)
-        >>> recall(Captured(0, 1, 0, 1, Attended(q, q, q), Layout((1, 1, 4))), plan)
+        >>> recall(Captured(0, 1, 0, 1, Attended(q, q, q), Layout((1, 1, 4))), torch.full((1, 1, 4), math.log(2)))
         0.5
     """
     seen = captured.seen
     scale = 1 / math.sqrt(seen.q.shape[-1]) if seen.scale is None else seen.scale
-    _, sparse = block_sparse_attention(seen.q, seen.k, seen.v, plan, scale)
-    _, dense = dense_attention(seen.q, seen.k, seen.v, scale)
-    return float((sparse - dense).exp().mean())
+    _, dense = dense_attention(seen.q, seen.k, seen.v, scale, seen.key_mask)
+    return float((lse - dense).exp().mean())
 
 
 def judge(
-    method: SparseMethod, pipe: Any, captured: dict[tuple[int, int], Captured], component: str = "transformer"
+    method: SparseMethod, pipe: Any, captured: Mapping[tuple[int, int], Captured], component: str = "transformer"
 ) -> dict[str, float | None]:
     """Let a method answer captured attentions, step after step, and compare with dense attention.
 
@@ -144,8 +146,9 @@ def judge(
         component: which transformer.
 
     Returns:
-        density, the share of the mass kept (None for a method whose answer is more than a plan's attention), and the
-        relative L1 error of the output; means over layers.
+        density, the share of the mass of what was computed (None for a method that tells no log-sum-exp; a method with
+        a second branch or a correction is judged by its blocks), and the relative L1 error of the output; means over
+        layers.
 
     Raises:
         DitaError: a layer was captured at one step only.
@@ -158,7 +161,6 @@ def judge(
     bare = method.replace(dense_steps=0.0, dense_layers=0, cutoff=1.0)
     handler: Any = bare.handler(describe(getattr(pipe, component)))
     policy: Policy = handler.policy
-    policy.fleeting = False  # the plan is looked at afterwards
     densities, recalls, errors = [], [], []
     for layer in layers:
         steps = sorted(step for other, step in captured if other == layer)
@@ -179,9 +181,10 @@ def judge(
         exact = seen.attend()  # pyright: ignore[reportPossiblyUnbound]
         errors.append(float((out - exact).abs().sum() / exact.abs().sum()))  # pyright: ignore[reportPossiblyUnbound]
         densities.append(asked.density)  # pyright: ignore[reportPossiblyUnbound]
-        plan = state.get("plan", (0, None))[1]
-        if plan is not None:
-            recalls.append(recall(one, plan))  # pyright: ignore[reportPossiblyUnbound]
+        if asked.lse is not None:  # pyright: ignore[reportPossiblyUnbound]
+            recalls.append(recall(one, asked.lse))  # pyright: ignore[reportPossiblyUnbound]
+        elif asked.density >= 1:  # pyright: ignore[reportPossiblyUnbound]
+            recalls.append(1.0)
     mean = lambda values: sum(values) / len(values)  # noqa: E731
     return {
         "density": mean(densities),

@@ -13,7 +13,7 @@ import torch
 from dita import registry
 from dita.anatomy import describe
 from dita.errors import DitaError
-from dita.eval.attention_recall import capture, judge
+from dita.eval.attention_recall import Captured, capture, judge
 from dita.eval.attention_timing import time_attention
 from dita.eval.environment import code_version, device_name, library_versions
 from dita.eval.pipelines import load_pipeline, pipeline_folder
@@ -134,14 +134,40 @@ def judge_all(
     layers = sorted({0, count // 2, count - 1})
     advance(f"attention of {model}")
     captured = capture(pipe, lambda p: draw(p, sampling, range(1)), [first, first + 1], layers, stop=True)
-    rows = []
+    ladders = {}
     for name, cls in methods.items():
         if cls.needs_calibration:
             advance(f"{name} needs a calibration on whole runs and is left out")
-            continue
-        for method in cls.ladder():
+        else:
+            ladders[name] = cls.ladder()
+    return judged(pipe, captured, ladders, advance)
+
+
+def judged(
+    pipe: Any,
+    captured: Mapping[tuple[int, int], Captured],
+    settings: Mapping[str, Sequence[Any]],
+    advance: Callable[[str], None] = lambda text: None,
+) -> list[dict[str, Any]]:
+    """Judge settings of methods on captured attention.
+
+    Args:
+        pipe: which was captured.
+        captured: from `capture`.
+        settings: name -> methods.
+        advance: told what comes next.
+
+    Returns:
+        Rows as of `judge_all`.
+
+    Example:
+        >>> judged(pipe, captured, {"adaspa": [AdaSpa(density=0.2)]})  # doctest: +SKIP
+    """
+    rows = []
+    for name, ladder in settings.items():
+        for method in ladder:
             advance(f"{name} {method.label()}")
-            rows.append({"method": name, "label": method.label(), **judge(method, pipe, captured)})  # pyright: ignore
+            rows.append({"method": name, "label": method.label(), **judge(method, pipe, captured)})
     return rows
 
 

@@ -31,6 +31,8 @@ class Asked:
         timestep: of the training schedule, from 0 to 1000.
         density: share of the pairs of tokens that were computed; the policy's `attend` sets it.
         reason: why, in words.
+        lse: log-sum-exp of the logits that were computed, float32 [B, H, N]; None where that was all of them, or where
+            the answer has none.
     """
 
     q: torch.Tensor
@@ -48,6 +50,7 @@ class Asked:
     timestep: float = 0.0
     density: float = field(default=1.0)
     reason: str = ""
+    lse: torch.Tensor | None = field(default=None, repr=False)
 
 
 class Policy:
@@ -115,8 +118,8 @@ class Policy:
         if plan is None or asked.reason:
             return self.watch(asked)
         asked.density = kept
-        out, lse = self.attention(asked, plan)
-        return self.finish(asked, plan, out, lse)
+        out, asked.lse = self.attention(asked, plan)
+        return self.finish(asked, plan, out, asked.lse)
 
     def attention(self, asked: Asked, plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute what a plan keeps, as `qk` says: output [B, H, N, D] and log-sum-exp, float32 [B, H, N]."""

@@ -100,7 +100,7 @@ class Reshaped(Policy):
             last = asked.step + 1 >= asked.steps
             return asked.dense() if last or self._busy(asked, 1) else self._renew(asked, plan)
         asked.density = kept
-        out, _ = self.attention(asked, plan)
+        out, asked.lse = self.attention(asked, plan)
         rho = asked.state["rho"]
         asked.state["rho"] = (rho + self.growth).clamp_max(1)
         return (rho[..., None] * out.float() + asked.state["residual"].float()).to(out.dtype)

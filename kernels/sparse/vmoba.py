@@ -133,13 +133,15 @@ class Mixture(Policy):
         mask = None if asked.key_mask is None else asked.key_mask[:, image]
         result = self._rounds(dataclasses.replace(asked, q=q, k=k, v=v, key_mask=mask), seen, labels)
         if not layout.text:
+            asked.lse = result[1]
             return result[0].to(q.dtype)
         words = asked.k[:, :, text], asked.v[:, :, text]
         mask = None if asked.key_mask is None else asked.key_mask[:, text]
-        out, _ = merge(result, dense_attention(q, *words, asked.scale, mask))
-        said, _ = dense_attention(asked.q[:, :, text], asked.k, asked.v, asked.scale, asked.key_mask)
-        parts = [out.to(q.dtype), said]
-        return torch.cat(parts[::-1] if layout.text_first else parts, 2)
+        seen_by_image = merge(result, dense_attention(q, *words, asked.scale, mask))
+        seen_by_text = dense_attention(asked.q[:, :, text], asked.k, asked.v, asked.scale, asked.key_mask)
+        parts = [seen_by_image, seen_by_text][:: -1 if layout.text_first else 1]
+        asked.lse = torch.cat([lse for _, lse in parts], 2)
+        return torch.cat([out.to(q.dtype) for out, _ in parts], 2)
 
     def _rounds(self, asked: Asked, seen: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of image tokens over the blocks they see: float32 [B, H, V, D] and its log-sum-exp [B, H, V]."""

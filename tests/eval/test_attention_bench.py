@@ -18,8 +18,11 @@ from dita.eval import attention_timing
 from dita.eval.attention_recall import capture, judge, recall
 from dita.eval.attention_report import sparse_methods
 from dita.eval.attention_timing import random_plan, time_attention
+from dita.kernels.block_sparse import block_sparse_attention
 from dita.kernels.plan import BlockPlan
 from dita.kernels.sparse import AdaSpa
+from dita.kernels.sparse.re_ttention import ReTtention
+from dita.kernels.sparse.vmoba import VMoBA
 
 
 def test_rows_have_their_density_and_a_ratio_of_one_run() -> None:
@@ -69,7 +72,7 @@ def test_capture_sees_what_the_model_attends_to() -> None:
     with pytest.raises(DitaError, match="two steps that follow"):
         judge(AdaSpa(), pipe, {key: value for key, value in captured.items() if key[1] == 3})
     everything = judge(AdaSpa(density=1.0), pipe, captured)
-    assert everything == {"density": 1.0, "recall": None, "error": 0.0}
+    assert everything == {"density": 1.0, "recall": 1.0, "error": 0.0}
     half, less = (judge(AdaSpa(density=density, block=4), pipe, captured) for density in (0.5, 0.2))
     assert 0.2 <= less["density"] < half["density"] < 1 and 0 < less["recall"] < half["recall"] < 1  # pyright: ignore
     assert less["error"] > half["error"] > 0  # pyright: ignore
@@ -79,7 +82,11 @@ def test_capture_sees_what_the_model_attends_to() -> None:
     seen = mask.repeat_interleave(4, -1).repeat_interleave(4, -2)[..., :tokens, :tokens]
     attention = (one.seen.q @ one.seen.k.mT / one.seen.q.shape[-1] ** 0.5).softmax(-1)
     expected = float((attention * seen).sum(-1).mean())
-    assert recall(one, BlockPlan.of_mask(mask, 4, 4)) == pytest.approx(expected, rel=1e-4)
+    _, lse = block_sparse_attention(one.seen.q, one.seen.k, one.seen.v, BlockPlan.of_mask(mask, 4, 4))
+    assert recall(one, lse) == pytest.approx(expected, rel=1e-4)
+    for method in (VMoBA(threshold=0.2, parts=2, columns=(2, 2), boxes=(2, 2, 2), block=4), ReTtention(0.3, block=4)):
+        found = judge(method, pipe, captured)
+        assert 0 < found["density"] < found["recall"] < 1, method  # pyright: ignore
 
 
 @pytest.mark.parametrize("family", ["hunyuan", "cogvideox"])
@@ -104,7 +111,7 @@ def test_every_policy_is_judged_where_text_is_among_the_tokens(family: str) -> N
         else:
             thinned += 1
             assert 0 < error < 1, name
-            assert kept is None or density < kept < 1, f"{name} keeps less of the mass than blocks at random would"
+            assert kept is not None and density < kept < 1, f"{name} keeps less of the mass than blocks at random would"
     assert thinned >= 8
 
 
