@@ -12,9 +12,13 @@ import torch
 from pipelines import TINY
 
 from dita.anatomy import describe
+from dita.kernels import block_sparse_cpu
+from dita.kernels.block_sparse import block_sparse_attention
+from dita.kernels.plan import BlockPlan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 ideal = import_module("step_ideal").ideal
+backends = import_module("backend_table")
 
 
 def arguments(tiny: str) -> tuple[Any, Any, Any]:
@@ -48,3 +52,18 @@ def test_the_ideal_runs_what_is_left_and_nothing_else(tiny: str) -> None:
     assert sum(p.numel() for p in slim.parameters()) < 0.8 * sum(p.numel() for p in model.parameters())
     # What lies ready are the outputs of this very call, so that nothing is lost.
     torch.testing.assert_close(slim(*args, **kwargs)[0], whole)
+
+
+def test_what_auto_takes_on_a_cpu_is_what_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = backends.cells()
+    page = (backends.ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    assert len(found) >= 6 and backends.written(page, backends.table(found)) == page
+    taken: list[str] = []
+    for name in ("gather", "flex"):
+        attend = getattr(block_sparse_cpu, f"{name}_attention")
+        noted = lambda *given, name=name, attend=attend: taken.append(name) or attend(*given)  # noqa: E731
+        monkeypatch.setattr(block_sparse_cpu, f"{name}_attention", noted)
+    q = torch.zeros(1, 1, 32, 16)
+    plan = BlockPlan.of_mask(torch.ones(1, 1, 2, 2, dtype=torch.bool), 16, 16)
+    block_sparse_attention(q, q, q, plan, need_lse=False)
+    assert taken == [max(backends.means(found).items(), key=lambda mean: mean[1])[0]]
