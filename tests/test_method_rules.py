@@ -1,4 +1,4 @@
-"""Rules of single methods, against their formulas written out: what regularises, what chooses, what is one per batch."""
+"""Rules of single methods, against their formulas written out."""
 
 from __future__ import annotations
 

@@ -110,6 +110,11 @@ class _Shifted(TaylorSeer):
         return replace(super().recipe(anatomy), when=_Theirs, oldest_anchor=0)
 
 
+@pytest.mark.parametrize(("tiny", "order"), [("dit", 1), ("flux", 2), ("wan", 1)])
+def test_taylorseers_modules_are_diffusers_on_diffusers_schedule(tiny: str, order: int) -> None:
+    assert_same(_Shifted(order=order), diffusers_taylorseer.TaylorSeer(5, "all", order, warmup=3), tiny)
+
+
 @pytest.mark.parametrize("tiny", ["dit", "flux"])
 @pytest.mark.parametrize("order", [1, 2])
 def test_taylorseers_forecast_is_diffusers_on_diffusers_schedule(tiny: str, order: int) -> None:
