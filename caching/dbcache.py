@@ -10,7 +10,7 @@ the residual. The last `bn` blocks always run, on top.
 Differences: the change is taken per sample, and every sample must stay below the threshold (the originals average over
 the batch, so that an image depends on its batch mates). cache-dit's threshold of 1 or more means "always skip"; here it
 is compared like any other. Its step masks are the guard `forced`, which every method takes; its channel-subsampled
-probe and accumulated-change cap are not built.
+probe and accumulated-change cap are not built, nor are its calibrators FoCa and DMD: forecasts are TaylorSeer's.
 """
 
 from __future__ import annotations

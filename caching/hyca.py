@@ -18,10 +18,9 @@ ahead; the calibration looks at the whole run where the paper takes the first fe
 
 The squared error is not what an image suffers from: most of it is noise that changes sign from step to step, while the
 sampler adds the errors up. `criterion` "drift" is ours and takes the solver whose errors over the run's skipped steps,
-at the anchors as they occur, have the least sum. On fashion-dit (interval 4, warm-up 5, 6 images) it takes
-Adams-Bashforth nearly everywhere, of which the squared error is the largest of the pool, and gives 42.7 dB where the
-paper's criterion gives 38.3 and TaylorSeer 40.7 at order 2; at interval 3 these are 47.4, 43.2 and 45.5 dB, at 7 33.0,
-28.1 and 31.2.
+at the anchors as they occur, have the least sum. On fashion-dit (interval 4, warm-up 5, 6 images;
+eval/results/fashion-dit) it gives 42.2 dB where the paper's criterion gives 37.4 and TaylorSeer 39.9 at order 2; at
+interval 3 these are 47.1, 43.5 and 44.6 dB, at 5 38.3, 34.2 and 36.4.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ class GuidanceLoop(Loop):
             request.left_out(request.position, role, self._wanted.reason)
         if wanted == "none":
             empty = request.part("cond").empty()
-            parts.update({role: (empty,) for role in request.roles})
+            parts.update(dict.fromkeys(request.roles, (empty,)))
         else:
             parts["uncond"] = self._stand_in(moment, parts["cond"], parts.get("uncond"))
         joined = _joined(request.roles, parts)
