@@ -41,11 +41,14 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "dualfast": ({}, {"c0": 0.5, "decay": 0.0}),
     "timestep-aligner": ({},),
     "optimal-steps": ({},),
+    "autodiffusion": ({},),
     "picard": ({},),
 }
 """What is tried of each method."""
-FINE = {"optimal-steps": 100}
+FINE = {"optimal-steps": 100, "autodiffusion": 100}
 """Steps of a calibration, for methods that choose from a run with many."""
+SIZED = ("autodiffusion",)
+"""Methods that are told for how many steps they choose."""
 GATE = 1e-8
 """Largest error of the reference solution."""
 Row = dict[str, Any]
@@ -69,7 +72,7 @@ def outcome(pipe: Any, steps: int, noise: torch.Tensor) -> Outcome:
 
 def ready(name: str, options: dict[str, Any], problem: exact.Problem, pipe: Any, steps: int) -> Method:
     """The method's setting, with numbers measured on noise of its own."""
-    method = registry.resolve(name, **options)
+    method = registry.resolve(name, **({**options, "steps": steps} if name in SIZED else options))
     if not method.needs_calibration:
         return method
     noise = problem.noise(batch=8, seed=99)

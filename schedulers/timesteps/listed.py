@@ -7,6 +7,9 @@
 
 Nothing of dita has to be attached to a pipeline that runs on one of these; `DiffusionPipeline.from_pretrained("mine")`
 needs this module imported, because diffusers loads a class that is not its own only then.
+
+There is one for DDIM and one for flow matching's Euler. A list found with DPM++ 2M or UniPC (as on fashion-wan) is
+refused here: keep its method attached instead, as JSON (`dita.calibrate(..., save=...)`, `dita.load_method`).
 """
 
 from __future__ import annotations
