@@ -8,9 +8,10 @@ of degree 4 that maps it to the change of the model's output; the results are ad
 the sum stays below `threshold`. A computed step sets the sum to 0. The first and the last step are computed. How:
 reuse.
 
-The authors' polynomials for FLUX, HunyuanVideo, LTX-Video and Mochi are built in. Those for Wan and CogVideoX take
-the time embedding itself, which does not depend on the prompt, and are not used; those for Lumina2, HiDream and
-Open-Sora could not be had. For these and all other models `dita.calibrate` fits a polynomial to one run of the user's. Users could not reproduce the authors' fit for FLUX.
+The authors' polynomials for FLUX, HunyuanVideo, LTX-Video and Mochi are built in. Those for Wan and CogVideoX take the
+time embedding itself, which does not depend on the prompt, and are not used; those for Lumina2, HiDream and Open-Sora
+could not be had. For these and all other models `dita.calibrate` fits a polynomial to one run of the user's. Users
+could not reproduce the authors' fit for FLUX.
 
 Differences: the change is taken per sample and the largest counts. A fitted polynomial is held at its ends outside
 the range of changes it was fitted to, and at 0 from below, since such fits blow up and turn negative there; the
