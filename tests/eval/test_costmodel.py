@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import replace
 from itertools import accumulate, cycle
 from pathlib import Path
@@ -360,3 +361,13 @@ def test_utilisation_needs_a_peak_and_energy_a_power():
         _ = CostModel(1e9).utilisation
     with pytest.raises(DitaError, match="0 W"):
         CostModel(1e9).energy(1e9, power=0)
+
+
+def test_densities_of_the_committed_breakdown_predict_their_time_as_far_as_is_said():
+    path = Path(__file__).resolve().parents[2] / "eval" / "results" / "attention" / "breakdown.json"
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["method"] == "sliding-tile"]
+    assert len({round(row["density"], 2) for row in rows}) == 3
+    for row in rows:
+        predicted = row["density"] * row["dense"]
+        assert 1 < row["attend"] / predicted < 1.2, "torch's attention on the kept blocks"
+        assert 1.25 < row["ms"] / predicted < 1.45, "all that the method does"
