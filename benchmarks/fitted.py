@@ -312,10 +312,10 @@ def solvers(lab: Lab, counts: list[int]) -> Iterator[Row]:
         lab.pipe.scheduler = getattr(diffusers, name).from_config(first.config)
         there = lab.calibrate(lab.runs)
         for full in counts:
-            said = f"{name.removesuffix('Scheduler')}, calibrated with"
-            yield {"variant": f"{said} {type(first).__name__}", "full": full, **lab.measure(replace(own, full=full))}
-            yield {"variant": f"{said} it", "full": full, **lab.measure(replace(there, full=full))}
-            yield {"variant": f"{said}out: plain sampler", "full": full, **lab.measure(None, full, against=lab.steps)}
+            for label, fitted in ((type(first).__name__, own), ("it", there)):
+                row = lab.measure(replace(fitted, full=full))
+                yield {"variant": f"{name}, calibrated with {label}", "full": full, **row}
+            yield {"variant": f"{name}, plain sampler", "full": full, **lab.measure(None, full, against=lab.steps)}
     lab.pipe.scheduler = first
 
 
@@ -340,16 +340,45 @@ def gate(lab: Lab, counts: list[int]) -> Iterator[Row]:
 
 
 def written(rows: list[Row]) -> str:
-    """Rows as a table: variants down, computed steps across."""
-    counts = sorted({row["full"] for row in rows})
-    lines = [f"| PSNR dB, computed steps: | {' | '.join(map(str, counts))} |", "|---|" + "---:|" * len(counts)]
-    for name in dict.fromkeys(row["variant"] for row in rows):
-        cells = []
-        for count in counts:
-            row = next((r for r in rows if r["variant"] == name and r["full"] == count), None)
-            cells.append("" if row is None else f"{row['psnr']:.1f} ({row['low']:.1f} to {row['high']:.1f})")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    """Rows as a table: variants down and computed steps across, or the other way where there are many of these."""
+    counts, names = sorted({row["full"] for row in rows}), list(dict.fromkeys(row["variant"] for row in rows))
+    cells = {(row["variant"], row["full"]): _cell(row) for row in rows}
+    if len(counts) > 8:
+        lines = [f"| computed steps | {' | '.join(names)} |", "|---:|" + "---:|" * len(names)]
+        lines += [f"| {n} | {' | '.join(cells.get((name, n), '') for name in names)} |" for n in counts]
+    else:
+        lines = [f"| PSNR dB, computed steps: | {' | '.join(map(str, counts))} |", "|---|" + "---:|" * len(counts)]
+        lines += [f"| {name} | {' | '.join(cells.get((name, n), '') for n in counts)} |" for name in names]
     return "\n".join(lines) + "\n"
+
+
+def _cell(row: Row) -> str:
+    spent = "" if row["computed"] == row["full"] else f", {row['computed']:g} computed"
+    return f"{row['psnr']:.1f} ({row['low']:.1f} to {row['high']:.1f}{spent})"
+
+
+def write(out: Path, head: Row, parts: dict[str, list[Row]]) -> None:
+    """results.json and results.md."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps({**head, "parts": parts}, indent=1) + "\n")
+    text = "".join(f"## {name}\n\n{written(rows)}\n" for name, rows in parts.items())
+    (out / "results.md").write_text(f"# Fitted on {head['model']}\n\n{text}")
+
+
+def join(folders: list[Path], out: Path) -> None:
+    """Put runs of several parts together; of a variant measured twice the later folder's row counts."""
+    parts: dict[str, dict[tuple[str, int], Row]] = {}
+    heads = []
+    for folder in folders:
+        head = json.loads((folder / "results.json").read_text())
+        for name, rows in head.pop("parts").items():
+            parts.setdefault(name, {}).update({(row["variant"], row["full"]): row for row in rows})
+        heads.append(head)
+    if len({(head["model"], head["samples"], head["calibration"], head["steps"]) for head in heads}) > 1:
+        raise SystemExit("these runs are of different models, samples or steps")
+    for key in ("device", "code"):
+        heads[0][key] = "; ".join(dict.fromkeys(head[key] for head in heads))
+    write(out, heads[0], {name: list(rows.values()) for name, rows in parts.items()})
 
 
 def main() -> None:
@@ -369,7 +398,11 @@ def main() -> None:
     parser.add_argument("--size", default='{"height": 48, "width": 96}', help="for `another size`, as JSON")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/fitted"))
+    parser.add_argument("--join", type=Path, nargs="+", help="folders of results to put together; measures nothing")
     arguments = parser.parse_args()
+    if arguments.join:
+        join(arguments.join, arguments.out)
+        return
     torch.set_num_threads(arguments.threads)
     lab = Lab(arguments)
     everything = lab.measure(replace(lab.fitted, full=lab.steps))
@@ -392,7 +425,6 @@ def main() -> None:
         "solvers": lambda: solvers(lab, counts),
         "guidance": lambda: guidance(lab, counts),
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
     head = {"model": arguments.model, "steps": lab.steps, "samples": lab.samples, "calibration": lab.runs}
     head |= {"calibration seconds": lab.seconds, "call": lab.call, "threads": arguments.threads}
     head |= {"device": device_name(torch.device("cpu")), "code": code_version(), "versions": library_versions()}
@@ -402,9 +434,7 @@ def main() -> None:
         for row in makers[part]():
             print(part, row, flush=True)
             found[part].append(row)
-            (arguments.out / "results.json").write_text(json.dumps({**head, "parts": found}, indent=1) + "\n")
-        text = "".join(f"## {name}\n\n{written(rows)}\n" for name, rows in found.items())
-        (arguments.out / "results.md").write_text(f"# Fitted on {arguments.model}\n\n{text}")
+            write(arguments.out, head, found)
 
 
 if __name__ == "__main__":

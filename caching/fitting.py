@@ -15,8 +15,8 @@ A computed step sees latents that are off by d, and answers with v_s + f_s d and
 size k_s |d|. The mean feedback f_s is the regression of outputs on latents, <v_s, x_s> / <x_s, x_s>: about 0 for
 v-prediction, and what makes noise prediction correct itself. k_s is measured on one accelerated run, by comparing it
 with the full one. No weight can make good what nothing tells of: a schedule's expected error adds, for each computed
-step, the square of 3 k_s |d| times what the steps up to the next computed one make of it: three times, because samples
-differ, and schedules chosen so were better on all of the bundled pipelines.
+step, the square of 3 k_s |d| times what the steps up to the next computed one make of it. Three times is a choice, for
+caution: samples differ (`docs/fitted.md` has what 1 to 4 times give).
 """
 
 from __future__ import annotations

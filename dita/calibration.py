@@ -43,8 +43,9 @@ def calibrate(
         save: file to write the calibrated method to: JSON, which `dita.load_method` reads, or for "fitted" a name that
             ends in .safetensors. True puts it where `accelerate_pipeline` without a method looks for it.
         calls: more of them, for "fitted": a few prompts, each with a seed of its own.
-        beside: for "fitted", methods that it will be attached with, such as sparse attention or guidance; they are at
-            work in all of the runs, whose full ones are then what quality is measured by.
+        beside: for "fitted", methods that it will be attached with, such as sparse attention; they are at work in all
+            of the runs, whose full ones are then what quality is measured by. Leave out those that change guidance
+            from step to step: what is forecast are the branches, see docs/fitted.md.
         speedup: for "fitted", of a whole run, by what its steps take in the calibration.
         psnr: for "fitted", in dB, of what the first call returns, to what it returns in full; as few steps are computed
             as that takes, found in a handful of accelerated runs.

@@ -67,3 +67,23 @@ def test_what_auto_takes_on_a_cpu_is_what_was_measured_to_be_faster(monkeypatch:
     plan = BlockPlan.of_mask(torch.ones(1, 1, 2, 2, dtype=torch.bool), 16, 16)
     block_sparse_attention(q, q, q, plan, need_lse=False)
     assert taken == [max(backends.means(found).items(), key=lambda mean: mean[1])[0]]
+
+
+def test_runs_of_the_fitted_benchmark_are_put_together(tmp_path: Path) -> None:
+    fitted = import_module("fitted")
+    head = {"model": "m", "samples": 1, "calibration": 1, "steps": 9, "device": "d", "code": "c"}
+
+    def row(full: int, psnr: float) -> dict[str, Any]:
+        return {"variant": "v", "full": full, "computed": full, "psnr": psnr, "low": psnr, "high": psnr}
+
+    fitted.write(tmp_path / "a", head, {"budgets": [row(4, 30.0), row(5, 31.0)]})
+    fitted.write(tmp_path / "b", {**head, "device": "e"}, {"budgets": [row(5, 32.0)], "gate": [row(4, 33.0)]})
+    fitted.join([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    written = (tmp_path / "c" / "results.md").read_text()
+    assert (
+        "| v | 30.0 (30.0 to 30.0) | 32.0 (32.0 to 32.0) |" in written and "33.0" in written and "31.0" not in written
+    )
+    assert '"device": "d; e"' in (tmp_path / "c" / "results.json").read_text()
+    fitted.write(tmp_path / "a", {**head, "steps": 8}, {})
+    with pytest.raises(SystemExit, match="different"):
+        fitted.join([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
