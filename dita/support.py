@@ -32,8 +32,9 @@ class SupportReport:
     def __str__(self) -> str:
         lines = [self.model]
         for title, table in (("seams", self.seams), ("methods", self.methods)):
+            width = max(map(len, table), default=0) + 2
             lines.append(f"  {title}")
-            lines += [f"    {'yes' if ok else 'no ':<4}{name:<14}{text}" for name, (ok, text) in table.items()]
+            lines += [f"    {'yes' if ok else 'no':<4}{name:<{width}}{text}" for name, (ok, text) in table.items()]
         return "\n".join(lines)
 
 

@@ -4,9 +4,9 @@ The form of the model, time = operations / (utilisation * peak rate of the devic
 of "Video Killed the Energy Budget" (Delavande et al. 2025, arXiv 2509.19222). The utilisation is fitted to your own
 runs, never taken from there; here a fixed time per call is fitted along with it.
 
-A density is a share of the operations of self-attention; what choosing, copying and smaller products take on top is not
-in it, a quarter to two fifths of the thinned attention on a CPU (eval/results/attention/breakdown.md). Energy is time at
-a power that the caller names; nothing is measured.
+A density is a share of the operations of self-attention; what choosing, copying and smaller products take on top is
+not in it, a quarter to two fifths of the thinned attention on a CPU (eval/results/attention/breakdown.md). Energy is
+time at a power that the caller names; nothing is measured.
 """
 
 from __future__ import annotations
