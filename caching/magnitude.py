@@ -40,8 +40,8 @@ class MagnitudeTable(Table):
         return cls({"": _FLUX}, steps=len(_FLUX)) if family == "flux" else None
 
     def knows(self, position: Position) -> bool:
-        """Whether there are ratios of a stream; published ones are of any."""
-        return "" in self.values or row_of(self.values, position) is not None
+        """Whether there are ratios of a stream; published ones are of any, those of a batch of branches of each."""
+        return "" in self.values or self.guidance == "batched" or row_of(self.values, position) is not None
 
     def of(self, position: Position) -> tuple[float, ...]:
         """The ratios of a stream; an unknown stream gets the first one's."""

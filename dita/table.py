@@ -15,6 +15,7 @@ from dita.fingerprint import fingerprint
 from dita.seams import Position
 
 T = TypeVar("T", bound="Table")
+_BRANCHES = ("cond", "uncond", "third")  # roles, see `dita.loop.Request`
 
 
 class Conditions(Protocol):
@@ -112,7 +113,9 @@ class Table:
             found.append(f"an input of {self.shape} (now {shape})")
         if self.scheduler and self.scheduler != view.scheduler:
             found.append(f"{self.scheduler} (now {view.scheduler})")
-        if self.guidance and guidance and guidance not in self.guidance.split(","):
+        # Both branches' numbers serve for each: methods on the loop take a batch of branches apart.
+        known = {*self.guidance.split(","), *(_BRANCHES if self.guidance == "batched" else ())}
+        if self.guidance and guidance and guidance not in known:
             found.append(f"guidance {self.guidance} (now {guidance})")
         return found
 

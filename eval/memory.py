@@ -37,6 +37,7 @@ def resident_growth() -> Iterator[Growth]:
         may not write to /proc/self/clear_refs.
 
     Example:
+        >>> import torch
         >>> with resident_growth() as growth:
         ...     block = torch.ones(1 << 22)
         >>> growth.bytes is None or growth.bytes >= 1 << 23
