@@ -25,7 +25,7 @@ AWAITED = {
     "fashion-dit-fitted": 3,
     "fashion-dit-semantic": 4,
     "fashion-flux-fitted": 13,
-    "fashion-flux-semantic": 6,
+    "fashion-flux-semantic": 3,
     "fashion-wan-semantic": 3,
 }
 """By file: how many of its settings may have no row yet."""
