@@ -24,7 +24,6 @@ KINDS: dict[str, Any] = {peer.name: peer for peer in peers()}
 AWAITED = {
     "fashion-dit-fitted": 3,
     "fashion-dit-semantic": 4,
-    "fashion-flux-fitted": 13,
     "fashion-flux-semantic": 3,
     "fashion-wan-semantic": 3,
 }
