@@ -22,7 +22,6 @@ MEASURED_FILES = [path for path in FILES if (ROOT / "eval" / "results" / path.st
 MEASURED = ("table", "ratios", "weights")  # found on the pipeline, not chosen
 KINDS: dict[str, Any] = {peer.name: peer for peer in peers()}
 AWAITED = {
-    "fashion-dit-fitted": 3,
     "fashion-dit-loop-more": 1,
     "fashion-dit-semantic": 4,
     "fashion-flux-semantic": 3,
