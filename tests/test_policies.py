@@ -136,7 +136,6 @@ def test_magnitude_table_is_read_at_the_nearest_step() -> None:
     [
         ({"shape": (4, 16, 16)}, "an input of"),
         ({"scheduler": "Other:0"}, "Other:0"),
-        ({"guidance": "batched"}, r"guidance batched .now cond"),
         ({"guidance": "uncond"}, r"guidance uncond .now cond"),
     ],
 )
