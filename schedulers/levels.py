@@ -36,7 +36,8 @@ def predicts(scheduler: Any) -> Kind:
     name = type(scheduler).__name__
     config = getattr(scheduler, "config", {})
     said = config.get("prediction_type")
-    kind = "flow" if said is None and name.startswith("FlowMatch") else _KINDS.get(str(said))
+    flow = said is None and any(base.__name__.startswith("FlowMatch") for base in type(scheduler).__mro__)
+    kind = "flow" if flow else _KINDS.get(str(said))
     levels = "sigmas" if kind == "flow" else "alphas_cumprod"
     if kind is None or not hasattr(scheduler, levels):
         raise DitaError(

@@ -249,7 +249,7 @@ def in_sigmas(scheduler: Any) -> bool:
 
 def of_flow(scheduler: Any) -> bool:
     """It solves a flow of x = (1 - s) x0 + s eps."""
-    return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
+    return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))
 
 
 def of_sigma(sigma: torch.Tensor) -> Level:

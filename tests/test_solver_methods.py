@@ -24,6 +24,8 @@ from dita.loop import Step
 from dita.schedulers.solvers import SADA, DualFast
 from dita.schedulers.solvers.dualfast import CoefficientTable
 from dita.schedulers.solvers.stability import FlowCriterion, lagrange
+from dita.schedulers.timesteps.listed import listed_scheduler
+from dita.schedulers.timesteps.schedule import Points
 from dita.seams import Call, Position
 
 EARLY = SADA(start=0.0, lagrange=0.5, interval=4, terms=3, agree="mean")
@@ -68,13 +70,27 @@ def test_the_reference_solution_is_the_closed_form() -> None:
         assert exact.distance(found, truth) < 1e-8
 
 
-@pytest.mark.parametrize("solver", exact.SCHEDULERS)
-def test_plain_solvers_converge_at_their_order(solver: str) -> None:
+def uneven(scheduler: Any, steps: int) -> Any:
+    """A scheduler that holds every eighth timestep of a long run in the middle, and fewer towards its ends."""
+    scheduler.set_timesteps(8 * steps)
+    places = torch.arange(steps) / steps
+    chosen = (8 * steps * (places - 0.1 * torch.sin(2 * torch.pi * places))).round().int().tolist()
+    return listed_scheduler(scheduler, Points.of(scheduler).pick(chosen))
+
+
+@pytest.mark.parametrize(
+    ("solver", "listed"),
+    [(name, False) for name in exact.SCHEDULERS]
+    + [(name, True) for name in ("ddim", "dpm++2m", "unipc", "flow-euler")],
+)
+def test_solvers_converge_at_their_order(solver: str, listed: bool) -> None:
     entry = exact.SCHEDULERS[solver]
     pipe, noise = exact.gaussian(entry.process).pipeline(entry.build(even=True)), exact.gaussian("vp").noise(2)
-    steps = (25, 50, 100)
-    errors = [exact.distance(pipe(n, latents=noise), pipe.exact(n, noise)) for n in steps]
-    assert abs(exact.slope(steps, errors) - entry.order) < 0.2
+    steps, errors = (25, 50, 100), []
+    for n in steps:
+        pipe.scheduler = uneven(entry.build(even=True), n) if listed else pipe.scheduler
+        errors.append(exact.distance(pipe(n, latents=noise), pipe.exact(n, noise)))
+    assert abs(exact.slope(steps, errors) - entry.order) < 0.2, errors
 
 
 # SADA

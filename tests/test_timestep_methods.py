@@ -9,18 +9,31 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from exact_problems import distance, gaussian, mixture
 from helpers import assert_same_snapshot, plain, snapshot
 from pipelines import TINY
 
 import dita
 from dita.fingerprint import fingerprint
+from dita.schedulers.levels import predicts
 from dita.schedulers.timesteps import AutoDiffusion, OptimalSteps, TimestepAligner
 from dita.schedulers.timesteps.alignment import minimise
 from dita.schedulers.timesteps.autodiffusion import SearchTable
 from dita.schedulers.timesteps.evolution import Space, evolve
-from dita.schedulers.timesteps.listed import ListedDDIMScheduler, listed_scheduler
+from dita.schedulers.timesteps.listed import (
+    ListedDDIMScheduler,
+    ListedDPMSolverMultistepScheduler,
+    ListedFlowMatchEulerDiscreteScheduler,
+    ListedUniPCMultistepScheduler,
+    listed_scheduler,
+)
 from dita.schedulers.timesteps.paths import best_paths, jump_errors
 from dita.schedulers.timesteps.schedule import Points, straightened, stride
 from dita.schedulers.timesteps.tracing import trace
@@ -64,20 +77,22 @@ def test_ddim_steps_to_any_timestep() -> None:
         assert torch.equal(scheduler.step(noise, 980, sample).prev_sample, own)  # pyright: ignore
 
 
-@pytest.mark.parametrize("tiny", ["dit", "flux"])
+@pytest.mark.parametrize("tiny", ["dit", "flux", "pixart", "wan"])  # DDIM, flow matching's Euler, DPM++ 2M, UniPC
 def test_a_list_is_saved_and_loaded_with_the_pipeline(tiny: str, tmp_path: Any) -> None:
     pipe, call = TINY[tiny].build(), TINY[tiny].call
-    points = trace("m", pipe, call).points.pick([0, 1, 4, 6])
+    points, kind = trace("m", pipe, call).points.pick([0, 1, 4, 6]), predicts(pipe.scheduler)
     dita.accelerate_pipeline(pipe, AutoDiffusion(steps=4, table=search_table(points)))
     attached = call(pipe, steps=4)
     dita.restore_pipeline(pipe)
     pipe.scheduler = listed_scheduler(pipe.scheduler, points)
-    assert torch.equal(call(pipe, steps=4), attached)
+    assert torch.equal(call(pipe, steps=4), attached) and torch.equal(call(pipe, steps=4), attached)
     with pytest.raises(dita.DitaError, match="num_inference_steps=4"):
         call(pipe, steps=8)
     pipe.scheduler.save_pretrained(tmp_path / "alone")
     again: Any = type(pipe.scheduler).from_pretrained(tmp_path / "alone")
-    assert fingerprint(again) == fingerprint(pipe.scheduler)
+    assert fingerprint(again) == fingerprint(pipe.scheduler) and predicts(again) == kind
+    pipe.scheduler = type(again).from_config(again.config)
+    assert torch.equal(call(pipe, steps=4), attached)
     if tiny == "dit":  # the one whose components are all there
         pipe.save_pretrained(tmp_path / "pipe")
         loaded = DiffusionPipeline.from_pretrained(tmp_path / "pipe")
@@ -85,12 +100,50 @@ def test_a_list_is_saved_and_loaded_with_the_pipeline(tiny: str, tmp_path: Any) 
         assert isinstance(loaded.scheduler, ListedDDIMScheduler) and torch.equal(call(loaded, steps=4), attached)
 
 
-def test_listed_schedulers_refuse_other_lists() -> None:
-    for listed in (None, [1000, 3], [5, 5], [3, 9], [3.5, 1]):
-        with pytest.raises(dita.DitaError, match="listed_timesteps"):
-            ListedDDIMScheduler(listed_timesteps=listed)  # pyright: ignore
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+
+@pytest.mark.parametrize(
+    "kind", [ListedDDIMScheduler, ListedDPMSolverMultistepScheduler, ListedUniPCMultistepScheduler]
+)
+@pytest.mark.parametrize("listed", [None, [1000, 3], [5, 5], [3, 9], [3.5, 1]])
+def test_listed_schedulers_refuse_other_timesteps(kind: Any, listed: Any) -> None:
+    with pytest.raises(dita.DitaError, match="listed_timesteps"):
+        kind(listed_timesteps=listed, **({} if kind is ListedDDIMScheduler else {"listed_sigmas": [9.0, 3.0]}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (ListedFlowMatchEulerDiscreteScheduler, {}),
+        (ListedFlowMatchEulerDiscreteScheduler, {"invert_sigmas": True}),
+        (ListedDPMSolverMultistepScheduler, {"listed_timesteps": [900, 500]}),
+        (ListedUniPCMultistepScheduler, {"listed_timesteps": [900, 500], **FLOW}),
+    ],
+)
+@pytest.mark.parametrize("listed", [None, [0.5, 0.5], [0.9, -0.1], [0.2, 0.9, 0.5]])
+def test_listed_schedulers_refuse_other_sigmas(kind: Any, options: dict[str, Any], listed: Any) -> None:
+    with pytest.raises(dita.DitaError, match="listed_sigmas"):
+        kind(listed_sigmas=listed, **options)
+
+
+def test_listed_schedulers_refuse_what_they_cannot_run() -> None:
+    pair = {"listed_timesteps": [999, 500]}
+    with pytest.raises(dita.DitaError, match="from below 1 "):
+        ListedUniPCMultistepScheduler(**pair, **FLOW, listed_sigmas=[1.0, 0.5])
+    with pytest.raises(dita.DitaError, match="2 listed_timesteps and 3 listed_sigmas"):
+        ListedDPMSolverMultistepScheduler(**pair, listed_sigmas=[9.0, 3.0, 1.0])
     with pytest.raises(dita.DitaError, match="holds a list"):
-        listed_scheduler(DPMSolverMultistepScheduler(), Points((1.0,)))
+        listed_scheduler(HeunDiscreteScheduler(), Points((1.0,)))
+
+
+def test_a_list_never_leads_back_to_noise() -> None:
+    """UniPC's end is then the last sigma of its own run, which a list passes long before."""
+    scheduler = UniPCMultistepScheduler(**FLOW, final_sigmas_type="sigma_min")  # pyright: ignore
+    scheduler.set_timesteps(20)
+    listed = listed_scheduler(scheduler, Points.of(scheduler).pick([0, 10, 19]))
+    listed.set_timesteps(3)
+    assert listed.sigmas[-1] == listed.sigmas[-2] == scheduler.sigmas[-1]
 
 
 def test_dynamic_programme_against_brute_force() -> None:

@@ -75,13 +75,18 @@ class Points:
         return Points(tuple(self.timesteps[i] for i in indices), tuple(self.sigmas[i] for i in indices if self.sigmas))
 
     def write(self, scheduler: Any) -> None:
-        """Make them those of the run, which has as many; their end stays the scheduler's own."""
+        """Make them those of the run, which has as many.
+
+        The end stays the scheduler's own, but where that would lead back (UniPC's last sigma doubles as its end) it is
+        the last of these.
+        """
         old = scheduler.timesteps
         scheduler.timesteps = torch.tensor(self.timesteps, dtype=old.dtype, device=old.device)
         if self.sigmas:
             old = scheduler.sigmas
             new = torch.tensor(self.sigmas, dtype=old.dtype, device=old.device)
-            scheduler.sigmas = torch.cat([new, old[-1:]])
+            nearer = torch.maximum if scheduler.config.get("invert_sigmas") else torch.minimum
+            scheduler.sigmas = torch.cat([new, nearer(old[-1:], new[-1:])])
 
 
 def strided(scheduler: Any) -> bool:
