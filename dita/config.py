@@ -114,6 +114,11 @@ class Method:
         return self
 
     @property
+    def claimed(self) -> frozenset[str]:
+        """What only one method of a recipe may do, with these settings: `claims`, and for some methods more."""
+        return self.claims
+
+    @property
     def uncalibrated(self) -> bool:
         """Whether it still lacks the numbers that `dita.calibrate` measures."""
         return self.needs_calibration and getattr(self, "table", None) is None

@@ -276,7 +276,7 @@ def _examined(pipe: Any, session: Session | None) -> tuple[dict[str, nn.Module],
 def _check_claims(methods: tuple[Method, ...]) -> None:
     owners: dict[str, Method] = {}
     for method in methods:
-        for claim in method.claims:
+        for claim in method.claimed:
             if claim in owners:
                 raise DitaError(
                     f"{owners[claim].name} and {method.name} exclude each other: both decide about {claim}; choose one"

@@ -16,7 +16,7 @@ from dita.table import Table
 class SamplingMethod(Method):
     """A method that decides how often, when and how the transformer is called; subclasses define `make`.
 
-    It takes no site inside the transformer.
+    It takes no site inside the transformer unless it defines `handler` too.
     """
 
     def handler(self, anatomy: Anatomy) -> Handler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -15,8 +16,11 @@ from einops import rearrange
 from helpers import assert_same_snapshot, plain, ran, snapshot
 from pipelines import TINY
 from pipelines_base import pooled, text
+from torch.overrides import TorchFunctionMode
 
 import dita
+from dita.anatomy import describe
+from dita.attention_view import Attended
 from dita.caching import TaylorSeer
 from dita.errors import DitaError
 from dita.eval.vae import SpaceToDepthVAE
@@ -25,6 +29,7 @@ from dita.loop import Loop, Request, Run, Runner, tensors_of
 from dita.schedulers.base import SamplingMethod
 from dita.schedulers.guidance import GuidanceInterval
 from dita.schedulers.resolution import RALU, BottleneckSampling, ProgressiveResolution
+from dita.schedulers.resolution.amplifier import TextAmplifier
 from dita.schedulers.resolution.edges import most_edges
 from dita.schedulers.resolution.layout import Layout, noise_weights
 from dita.schedulers.resolution.matching import matched, mismatch, starts
@@ -32,9 +37,10 @@ from dita.schedulers.resolution.mixture import Mixture, copied, lacking, latents
 from dita.schedulers.resolution.positions import run_at
 from dita.schedulers.resolution.ralu import RegionAdaptive
 from dita.schedulers.resolution.staged import StagedLoop
-from dita.seams import Position
+from dita.seams import Call, Position
 from dita.watching import watched
 
+TEXT = 6  # tokens of Flux's prompt
 PUBLISHED = {
     ((5, 6, 7), (0.3, 0.45, 1.0)): (5.019, 2.589, 2.226, 6.317),
     ((2, 3, 5), (0.2, 0.3, 1.0)): (8.141, 2.856, 2.193, 6.261),
@@ -60,7 +66,19 @@ def shift(level: np.ndarray | float, h: float) -> Any:
     return h * level / (1 + (h - 1) * level)
 
 
-def flux_by_hand(stages: list[tuple[int, np.ndarray, float]]) -> torch.Tensor:
+class Amplified(TorchFunctionMode):
+    """Attention written out, with the bias on the scores of the first tokens, which are text."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        q, k, v = (kwargs[name] for name in ("query", "key", "value"))
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        scores[..., :TEXT] += -np.log2(np.sqrt((k.shape[2] - TEXT) / 16)) * np.log(2)
+        return scores.softmax(-1) @ v
+
+
+def flux_by_hand(stages: list[tuple[int, np.ndarray, float]], around: Any = nullcontext) -> torch.Tensor:
     """Stages (side in latent pixels, noise levels, level at which the next begins) around Flux's own transformer."""
     pipe = TINY["flux"].build()
     generator = [torch.Generator().manual_seed(0)]
@@ -71,14 +89,14 @@ def flux_by_hand(stages: list[tuple[int, np.ndarray, float]]) -> torch.Tensor:
         rows, columns = torch.meshgrid(torch.arange(half), torch.arange(half), indexing="ij")
         ids = torch.stack([torch.zeros(half, half), rows, columns], dim=-1).reshape(-1, 3)
         for n, level in enumerate(levels[:-1]):
-            with torch.no_grad():
+            with torch.no_grad(), around():
                 packed = pipe.transformer(
                     hidden_states=rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2),
                     timestep=torch.tensor([level], dtype=torch.float32),
                     guidance=torch.tensor([3.5]),
                     pooled_projections=pooled(range(1), 3),
                     encoder_hidden_states=text(range(1), 1),
-                    txt_ids=torch.zeros(6, 3),
+                    txt_ids=torch.zeros(TEXT, 3),
                     img_ids=ids,
                 ).sample
             v = rearrange(packed, "b (h w) (c p q) -> b c (h p) (w q)", h=half, p=2, q=2)
@@ -101,16 +119,43 @@ def flux_levels() -> np.ndarray:
     return np.append(shift(np.linspace(1, 1 / 8, 8), np.exp(mu)), 0.0)
 
 
-def test_progressive_resolution_is_the_papers_loop() -> None:
+@pytest.mark.parametrize("amplify", [False, True])
+def test_progressive_resolution_is_the_papers_loop(amplify: bool) -> None:
     levels = flux_levels()
     late = shift(levels, 1.2857)
-    expected = flux_by_hand([(4, levels[:5], late[4]), (8, late[4:], 0.0)])
-    output, run = attached("flux", ProgressiveResolution((0.5, 1.0)))
+    around = Amplified if amplify else nullcontext
+    expected = flux_by_hand([(4, levels[:5], late[4]), (8, late[4:], 0.0)], around)
+    output, run = attached("flux", ProgressiveResolution((0.5, 1.0), amplify=amplify))
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     assert [r.tokens for r in run.records] == [0.25] * 4 + [1.0] * 4
     assert [r.action for r in run.records] == ["partial"] * 4 + ["computed"] * 4
     assert run.records[0].reason == "4 of 16 tokens; stage 1: 2 x 2 tokens a frame"
     assert "4 on fewer tokens (mean 25%)" in str(run)
+
+
+@pytest.mark.parametrize(("tiny", "text_slice"), [("flux", slice(0, 3)), ("sd3", slice(4, 7))])
+def test_the_amplifier_weighs_text_alone_and_only_at_reduced_resolution(tiny: str, text_slice: slice) -> None:
+    handler = TextAmplifier("m", describe(TINY[tiny].build().transformer))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 7, 8, generator=generator) for _ in range(3))
+    padding = torch.ones(1, 1, 1, 7, dtype=torch.bool)
+    padding[..., text_slice.start] = False
+
+    def answered(seen: Attended, tokens: Any) -> Any:
+        call = Call(Position(0, 8, 0, "all", 0, 8, 0), tokens=tokens)
+        given_on: Any = lambda given: given  # noqa: E731
+        return handler.attend(handler.sites[0], 0, call, seen, given_on)
+
+    for mask in (None, padding, torch.zeros(padding.shape).masked_fill(~padding, -torch.inf)):
+        seen = Attended(q, k, v, mask)
+        weights = (q @ k.mT / 8**0.5).exp()
+        weights[..., text_slice] *= 4  # 4 of 64 tokens are left
+        if mask is not None:
+            weights[..., text_slice.start] = 0
+        expected = weights / weights.sum(-1, keepdim=True) @ v
+        torch.testing.assert_close(answered(seen, (4, 64)).attend(), expected)
+        assert answered(seen, None) is seen and answered(seen, (4, 4)) is seen
+        assert answered(seen, (7, 28)) is seen, "image tokens alone"
 
 
 def test_bottleneck_is_high_low_high() -> None:
@@ -348,7 +393,13 @@ def test_stages_of_one_size_are_bit_identical(tiny: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "tiny"), [(RALU.forced(), "flux-cfg"), (RALU.forced(), "wan"), (BottleneckSampling(), "qwen")]
+    ("method", "tiny"),
+    [
+        (RALU.forced(), "flux-cfg"),
+        (RALU.forced(), "wan"),
+        (BottleneckSampling(), "qwen"),
+        (ProgressiveResolution((0.5, 1.0), amplify=True), "mochi"),
+    ],
 )
 def test_samples_do_not_depend_on_batch_mates(method: Any, tiny: str) -> None:
     torch.testing.assert_close(attached(tiny, method, batch=2)[0][:1], attached(tiny, method)[0], atol=1e-4, rtol=1e-3)
@@ -372,6 +423,13 @@ def test_sparse_attention_follows_the_grid() -> None:
     assert output.isfinite().all() and all("does not tell" in r.reason and r.density == 1 for r in mixed)
 
 
+def test_the_amplifier_excludes_other_methods_on_attention() -> None:
+    pipe, config = TINY["flux"].build(), ProgressiveResolution((0.5, 1.0))
+    with pytest.raises(DitaError, match="both decide about which attention is computed"):
+        dita.accelerate_pipeline(pipe, AdaSpa.forced(), config.replace(amplify=True))
+    dita.accelerate_pipeline(pipe, AdaSpa.forced(), config)
+
+
 def test_guidance_composes_in_either_order() -> None:
     guidance = GuidanceInterval(stop=0.5)
     one, run = attached("flux-cfg", RALU.forced(), guidance, batch=2)
@@ -385,6 +443,7 @@ def test_bad_settings() -> None:
         (lambda: ProgressiveResolution((0.5, 1.0), (1.0,)), "one value for each stage"),
         (lambda: ProgressiveResolution((1.0, 0.5)), "expected 1 and 1"),
         (lambda: ProgressiveResolution((0.5, 0.75, 1.0), (0.5, 0.3, 1.0), (1.0, 1.0, 1.0)), "shares that rise"),
+        (lambda: ProgressiveResolution(amplify=1), "amplify is 1"),  # pyright: ignore
         (lambda: BottleneckSampling(strengths=(1.0, 1.0, 0.4)), "strengths"),
         (lambda: BottleneckSampling(scales=(1.0, 0.5, 0.5)), "last scale"),
         (lambda: RALU((5, 6)), "three values"),
@@ -402,6 +461,7 @@ def test_bad_settings() -> None:
         (ProgressiveResolution(), "dit", "this pipeline has DDIMScheduler"),
         (BottleneckSampling(), "sd3-heun", "this pipeline has FlowMatchHeunDiscreteScheduler"),
         (ProgressiveResolution(), "flux-img2img", "takes image, strength"),
+        (ProgressiveResolution(amplify=True), "wan", "leave amplify out"),
         (RALU(), "hunyuan", "numbers its tokens by a full grid"),
     ],
 )

@@ -9,9 +9,9 @@ corner; and all text. When: at every step and layer, none dense; the first step 
 skipping always computes, is carved like the others.
 
 Differs from the paper: only AttenCarve is here. Its progressive resolution (ProRes), with the bias on text that goes
-with it, and its skipped steps belong to the sampling loop. The curve has no diagonal steps (see `orders`), the last
-block may be short instead of being filled up, text has blocks of its own in any number instead of the last two, and
-blocks on the diagonal are kept with or without neighbours.
+with it, is the method `progressive-resolution`; skipped steps are the business of caches. The curve has no diagonal
+steps (see `orders`), the last block may be short instead of being filled up, text has blocks of its own in any number
+instead of the last two, and blocks on the diagonal are kept with or without neighbours.
 """
 
 from __future__ import annotations

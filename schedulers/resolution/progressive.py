@@ -7,25 +7,30 @@ What: height and width of the latents; frames stay. When: stages by shares of th
 is estimated, enlarged, and noised to the level at which the next stage begins, whose schedule is shifted further.
 Published are 0.75 and 1 of the size, half of the steps each, with shifts of 7 and 9; and 0.5, 0.75 and 1, up to 0.3,
 0.5 and 1 of the steps, with shifts of 7, 9 and 11. Here shifts are factors on top of the pipeline's own schedule, 9 /
-7 and 11 / 7.
+7 and 11 / 7. With `amplify`, as published, text is attended to more at reduced resolution (`amplifier.py`).
 
 Differs from the paper: a stage ends at its share of the steps, where the authors' code runs one step more at the lower
 resolution; x0 is taken at the noise level at which the model ran, where their code takes the next stage's. The noise
-that a smaller stage begins with is the pipeline's own, averaged to unit variance exactly, not drawn at that size. The
-text amplifier, a bias of -log2(sqrt(n_low / n_full)) on the scores of text keys at reduced resolution, acts within
-attention: it is not part of this method, nor so far of the attention method `jenga`.
+that a smaller stage begins with is the pipeline's own, averaged to unit variance exactly, not drawn at that size.
+`amplify` has to be asked for, because what was measured was measured without. Their sparse kernel takes its bias, those
+of dita take none, so that with `amplify` no other method may decide which attention is computed. Where text is attended
+to apart from the image, as in Wan, a constant drops out of the softmax and the bias would change nothing: there it is
+refused.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from dita.anatomy import Anatomy
 from dita.config import check_number
 from dita.errors import DitaError
 from dita.registry import register
+from dita.schedulers.resolution.amplifier import TextAmplifier
 from dita.schedulers.resolution.staged import StagedLoop, StagedMethod, check_stages
 from dita.schedulers.resolution.stages import Stage, shifted
+from dita.seams import Handler
 
 
 class Progressive(StagedLoop):
@@ -66,9 +71,11 @@ class ProgressiveResolution(StagedMethod):
         until: share of the steps at which each stage ends; the last is 1.
         shifts: factor of each stage on the shift of the pipeline's schedule.
         stretched: tokens of a small picture are told to lie as far apart as in the large one; see `StagedMethod`.
+        amplify: raise the scores of text at reduced resolution, on models with joint attention.
 
     Raises:
-        DitaError: a setting out of range; on attaching, a pipeline that is not flow matching from noise.
+        DitaError: a setting out of range; on attaching, a pipeline that is not flow matching from noise, or with
+            `amplify` a model without joint attention, or another method on attention.
 
     Example:
         >>> ProgressiveResolution(scales=(0.5, 1.0)).label()
@@ -78,6 +85,7 @@ class ProgressiveResolution(StagedMethod):
     scales: tuple[float, ...] = (0.75, 1.0)
     until: tuple[float, ...] = (0.5, 1.0)
     shifts: tuple[float, ...] = (1.0, 1.2857)
+    amplify: bool = field(default=False, kw_only=True)
 
     name: ClassVar[str] = "progressive-resolution"
     title: ClassVar[str] = "Progressive resolution (Jenga's ProRes)"
@@ -93,6 +101,8 @@ class ProgressiveResolution(StagedMethod):
 
     def validate(self) -> None:
         """Check lengths and ranges."""
+        if not isinstance(self.amplify, bool):
+            raise DitaError(f"amplify is {self.amplify!r}; expected True or False")
         check_stages(self.name, scales=self.scales, until=self.until, shifts=self.shifts)
         for scale, until, shift in zip(self.scales, self.until, self.shifts, strict=True):
             check_number("scales", scale, 0.05, 1)
@@ -102,6 +112,15 @@ class ProgressiveResolution(StagedMethod):
             raise DitaError(f"scales end with {self.scales[-1]:g} and until with {self.until[-1]:g}; expected 1 and 1")
         if sorted(set(self.until)) != list(self.until):
             raise DitaError(f"until is {self.until}; expected shares that rise")
+
+    @property
+    def claimed(self) -> frozenset[str]:
+        """See `Method.claimed`."""
+        return self.claims | {"which attention is computed"} if self.amplify else self.claims
+
+    def handler(self, anatomy: Anatomy) -> Handler:
+        """See `Method.handler`."""
+        return TextAmplifier(self.name, anatomy) if self.amplify else super().handler(anatomy)
 
     def staged(self, pipe: Any) -> Progressive:
         """See `StagedMethod.staged`."""
