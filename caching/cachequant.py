@@ -15,7 +15,6 @@ to the authors' quantiser. The authors fit to many samples; a call that draws a 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -30,7 +29,7 @@ from dita.caching.history import History
 from dita.caching.policy import Verdict, View
 from dita.caching.table import CalibratedMethod, Measurement, Recorder, StepPolicy, measure, row_of, stream_key
 from dita.config import check_whole
-from dita.errors import DitaError, DitaWarning
+from dita.errors import DitaError
 from dita.registry import register
 from dita.seams import Call, Features, Position, Site
 from dita.table import Table, has_form, nearest_index, table_for
@@ -97,8 +96,7 @@ class Segmented(StepPolicy):
         super().begin(view)
         streams = {name.rpartition(", ")[2]: True for name in self.table.values if ", " in name}
         if self.affine and streams and row_of(streams, view.position) is None:
-            text = f"the {self.table.noun} has corrections of {', '.join(streams)}, none of {stream_key(view.position)}"
-            warnings.warn(f"{text}, which is reused as it is; calibrate again", DitaWarning, stacklevel=2)
+            self.warn_without(view.position, streams, "reused as it is")
 
     def decide(self, view: View) -> Verdict:
         """Read the schedule."""

@@ -19,7 +19,6 @@ of step 11 of 28 on FLUX is the setting `always`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -28,9 +27,8 @@ from dita.anatomy import Anatomy
 from dita.caching.engine import Recipe
 from dita.caching.magnitude import MagnitudeTable, measure_magnitudes
 from dita.caching.policy import Guards, Verdict, View
-from dita.caching.table import CalibratedMethod, TablePolicy, stream_key
+from dita.caching.table import CalibratedMethod, TablePolicy
 from dita.config import check_number, check_whole
-from dita.errors import DitaWarning
 from dita.registry import register
 from dita.table import Table, nearest_index, table_for
 
@@ -59,9 +57,8 @@ class MagnitudeGate(TablePolicy):
         """See `TablePolicy.begin`; say whose ratios a branch reads that has none."""
         super().begin(view)
         if self.table.values and not self.table.knows(view.position):
-            branch, other = stream_key(view.position), next(iter(self.table.values))
-            text = f"the {self.table.noun} has none of the branch {branch}, which is decided by those of {other}"
-            warnings.warn(f"{text}; calibrate again", DitaWarning, stacklevel=2)
+            names = list(self.table.values)
+            self.warn_without(view.position, names, f"decided by those of {names[0]}")
 
     def decide(self, view: View) -> Verdict:
         """Add this step's error to those since the last computed step."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from dita.anatomy import Anatomy
 from dita.caching.engine import Recipe
 from dita.caching.policy import View
-from dita.caching.table import Measurement, Recorder, measure, row_of, stream_key
+from dita.caching.table import Measurement, Recorder, branch_name, measure, row_of, stream_key
 from dita.errors import DitaError
 from dita.seams import Position
 from dita.table import Table
@@ -41,7 +41,8 @@ class MagnitudeTable(Table):
 
     def knows(self, position: Position) -> bool:
         """Whether there are ratios of a stream; published ones are of any, those of a batch of branches of each."""
-        return "" in self.values or self.guidance == "batched" or row_of(self.values, position) is not None
+        shared = branch_name(position.branch) in self.shared
+        return shared or "" in self.values or row_of(self.values, position) is not None
 
     def of(self, position: Position) -> tuple[float, ...]:
         """The ratios of a stream; an unknown stream gets the first one's."""

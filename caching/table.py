@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -12,15 +13,16 @@ from dita.anatomy import Anatomy
 from dita.caching.base import CachingMethod
 from dita.caching.engine import Recipe
 from dita.caching.policy import Policy, Verdict, View
-from dita.errors import DitaError
+from dita.errors import DitaError, DitaWarning
 from dita.fingerprint import fingerprint
+from dita.loop import ROLES
 from dita.seams import Call, Position, Site
 from dita.table import Table, frozen
 
 T = TypeVar("T", bound="Table")
 
 
-_NAMES = {"call 0": "cond", "call 1": "uncond", "call 2": "third", "neg": "uncond"}
+_NAMES = {"neg": "uncond", **{f"call {order}": role for order, role in enumerate(ROLES)}}
 
 
 def branch_name(branch: str) -> str:
@@ -135,6 +137,17 @@ class TablePolicy(Policy):
             DitaError: the table is for another number of steps, and means nothing at this one.
         """
         self.table.check(view, guidance_of(view), self.rescales)
+
+    def warn_without(self, position: Position, held: Iterable[str], instead: str) -> None:
+        """Say that the table holds other streams than the one that is about to run.
+
+        Args:
+            position: in that stream.
+            held: names of those that it holds.
+            instead: what becomes of the branch, in words that go on from "which is".
+        """
+        text = f"the {self.table.noun} has numbers of {', '.join(held)}, none of {stream_key(position)}"
+        warnings.warn(f"{text}, which is {instead}; calibrate again", DitaWarning, stacklevel=3)
 
 
 class StepPolicy(TablePolicy):

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 COND_FIRST = ("DiTPipeline", "LuminaPipeline")
 """Pipelines whose batched guidance puts the conditional half first; all others put it last."""
+ROLES = ("cond", "uncond", "third")
+"""What a branch can be to guidance, in the order in which unnamed calls of a step are taken for them."""
 _ROW_LISTS = ("txt_seq_lens",)  # arguments that are lists of numbers, one a sample
 _BATCH_SECOND = ("encoder_hidden_states_llama3",)  # arguments whose second axis is the batch
 _NOT_BATCHED = ("ids", "rotary", "rope", "freqs", "shape")  # parts of argument names whose first axis is not the batch
@@ -487,4 +489,4 @@ def roles_of(
         return (known.get(name, "third"),)
     if guided is None and not earlier:
         return ("all",)
-    return (("cond", "uncond", "third")[min(len(earlier), 2)],)
+    return (ROLES[min(len(earlier), 2)],)

@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from dita.anatomy import Anatomy
 from dita.errors import DitaError, DitaWarning
 from dita.fingerprint import fingerprint
+from dita.loop import ROLES
 from dita.seams import Position
 
 T = TypeVar("T", bound="Table")
-_BRANCHES = ("cond", "uncond", "third")  # roles, see `dita.loop.Request`
 
 
 class Conditions(Protocol):
@@ -99,6 +99,11 @@ class Table:
         if self.form is not None and not has_form(self.values, self.form):
             raise ValueError("its numbers are not laid out like that")
 
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Branches that were measured in one batch: its numbers serve each, since methods on the loop take it apart."""
+        return ROLES if self.guidance == "batched" else ()
+
     def differences(self, view: Conditions, guidance: str = "") -> list[str]:
         """In what the run at hand differs from the one that was measured, in words.
 
@@ -113,9 +118,7 @@ class Table:
             found.append(f"an input of {self.shape} (now {shape})")
         if self.scheduler and self.scheduler != view.scheduler:
             found.append(f"{self.scheduler} (now {view.scheduler})")
-        # Both branches' numbers serve for each: methods on the loop take a batch of branches apart.
-        known = {*self.guidance.split(","), *(_BRANCHES if self.guidance == "batched" else ())}
-        if self.guidance and guidance and guidance not in known:
+        if self.guidance and guidance and guidance not in (*self.guidance.split(","), *self.shared):
             found.append(f"guidance {self.guidance} (now {guidance})")
         return found
 

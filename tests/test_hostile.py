@@ -21,6 +21,7 @@ import dita
 from dita import registry
 from dita.config import Method
 from dita.errors import DitaError
+from dita.schedulers.timesteps.autodiffusion import AutoDiffusion, SearchTable
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "wan"
@@ -34,6 +35,9 @@ def paths_of(name: str) -> list[str]:
 
 FILES = [(name, path) for name in METHODS for path in paths_of(name)]
 TABLES = [name for name in METHODS if "table" in {field.name for field in dataclasses.fields(registry.get(name))}]
+
+
+UNREAD = ("linear", "trajectories")  # what a fit says of itself to whoever looks into it
 
 
 class Trap:
@@ -108,8 +112,9 @@ def test_every_setting_that_names_a_file_is_known() -> None:
 @functools.cache
 def written(name: str) -> str:
     """A calibrated method as JSON."""
-    if name == "autodiffusion":
-        return ""
+    if name == "autodiffusion":  # whose forced setting holds no numbers
+        values = {"timesteps": (999, 500, 1), "sigmas": (), "left_out": ((), (1,), ()), "budget": 3}
+        return AutoDiffusion(steps=3, table=SearchTable(values)).to_json()
     return Setting(name).config(TINY).to_json()
 
 
@@ -125,7 +130,7 @@ def spoiled(value: Any, by: Any) -> Any:
 
 @pytest.mark.parametrize("name", TABLES)
 def test_damaged_tables_are_refused(name: str) -> None:
-    data = json.loads(written(name)) if written(name) else {"settings": {}}
+    data = json.loads(written(name))
     table = data["settings"].get("table")
     if not table:
         pytest.skip("its forced setting holds no numbers")
@@ -143,6 +148,7 @@ def test_damaged_tables_are_refused(name: str) -> None:
     pipe = build(TINY)
     before = snapshot(pipe)
     odd = [spoiled(table["values"], by) for by in ("x", {"a": 1.0})]
+    odd += [{**table["values"], one: "x"} for one in table["values"] if one not in UNREAD]
     for values in (*odd, dict.fromkeys(table["values"], "x")):
         text = json.dumps({**data, "settings": {**data["settings"], "table": {**table, "values": values}}})
         with pytest.raises(DitaError):

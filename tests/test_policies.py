@@ -146,7 +146,7 @@ def test_magnitude_table_warns_of_other_conditions(conditions: dict[str, Any], m
 
 
 def test_a_branch_without_ratios_says_whose_it_reads() -> None:
-    with pytest.warns(DitaWarning, match="none of the branch uncond/0, which is decided by those of cond/0"):
+    with pytest.warns(DitaWarning, match="numbers of cond/0, none of uncond/0, which is decided by those of cond/0"):
         MagnitudeGate(table(*[1.0] * 20), 0.1, 2, 0.0, ()).begin(View(replace(view(0).position, branch="uncond")))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

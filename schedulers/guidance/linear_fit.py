@@ -51,12 +51,14 @@ class LinearWeights(Table):
     """
 
     noun: ClassVar[str] = "fit of weights"
+    form: ClassVar[Any] = {"interval": int, "scale": float}
 
     __hash__ = Table.__hash__
 
     def verify(self) -> None:
         """See `Table.verify`."""
-        for stage in sorted(set(self.values) - {"interval", "scale"}):
+        super().verify()
+        for stage in sorted(set(self.values) - set(self.form)):
             for index, row in enumerate(self.values[stage]):
                 weights = (index + 1, index)
                 if row and not has_form(row, tuple((float,) * count for count in weights)):

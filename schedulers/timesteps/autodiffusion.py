@@ -37,7 +37,7 @@ from dita.schedulers.timesteps.schedule import Points, check_scheduler
 from dita.schedulers.timesteps.tracing import Trace, Watcher, same_start, trace
 from dita.seams import Call, Features, Handler, Site
 from dita.session import accelerated
-from dita.table import Table, table_for
+from dita.table import Table, has_form, table_for
 
 Blocks = tuple[tuple[int, ...], ...]
 
@@ -50,6 +50,16 @@ class SearchTable(RunTable):
     """
 
     noun: ClassVar[str] = "search of timesteps"
+    form: ClassVar[Any] = {"timesteps": [float], "budget": int}
+
+    def verify(self) -> None:
+        """See `Table.verify`."""
+        super().verify()
+        count, sigmas, left_out = len(self.values["timesteps"]), self.values["sigmas"], self.values["left_out"]
+        if sigmas and not has_form(sigmas, (float,) * count):
+            raise ValueError(f"{count} timesteps, but noise levels {sigmas!r}")
+        if not has_form(left_out, tuple((int,) * len(blocks) for blocks in left_out)) or len(left_out) != count:
+            raise ValueError(f"{count} timesteps, but blocks left out {left_out!r}")
 
     @property
     def points(self) -> Points:
