@@ -20,7 +20,7 @@ from typing import ClassVar
 from dita.anatomy import Anatomy
 from dita.caching.base import CachingMethod
 from dita.caching.engine import Recipe
-from dita.caching.policy import Policy, Verdict, View
+from dita.caching.policy import Policy, Verdict, View, against
 from dita.config import check_number
 from dita.registry import register
 
@@ -46,8 +46,8 @@ class SettledBlocks(Policy):
         if self._tail is not None and view.position.step >= self._tail:
             return Verdict(True, "tail", self._change)
         if self._left > 0:
-            return Verdict(False, f"block change against {self.threshold:g}", self._change)
-        return Verdict(True, f"block change against {self.threshold:g}", self._change)
+            return Verdict(False, against("block change", self.threshold), self._change)
+        return Verdict(True, against("block change", self.threshold), self._change)
 
     def computed(self, view: View) -> None:
         """Test how far the blocks moved."""

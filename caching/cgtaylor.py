@@ -25,7 +25,7 @@ from dita.caching.base import ForecastingMethod
 from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast
 from dita.caching.history import History
-from dita.caching.policy import Guards, Policy, Verdict, View, relative_l1
+from dita.caching.policy import Guards, Policy, Verdict, View, against, relative_l1
 from dita.config import check_number, check_whole
 from dita.registry import register
 from dita.seams import Features, Site
@@ -60,7 +60,7 @@ class ForecastGate(Policy):
         if expected is None:
             return Verdict(True, "no probe yet")
         error = relative_l1(expected, self._now).max().item()
-        return Verdict(not error < self.threshold, f"forecast error against {self.threshold:g}", error)
+        return Verdict(not error < self.threshold, against("forecast error", self.threshold), error)
 
     def computed(self, view: View) -> None:
         """The probe of a computed step is an anchor."""

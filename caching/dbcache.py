@@ -24,7 +24,7 @@ from dita.anatomy import Anatomy
 from dita.caching.base import ForecastingMethod
 from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast
-from dita.caching.policy import Guards, Policy, Verdict, View, relative_l1
+from dita.caching.policy import Guards, Policy, Verdict, View, against, relative_l1
 from dita.caching.storage import bytes_of
 from dita.config import check_number, check_whole
 from dita.registry import register
@@ -55,7 +55,7 @@ class ProbeGate(Policy):
         if self.threshold <= 0 or view.probe is None or self._anchor is None:
             return Verdict(True, "threshold 0" if self.threshold <= 0 else "no probe yet")
         change = relative_l1(view.probe, self._anchor).max().item()
-        return Verdict(not change < self.threshold, f"probe change against {self.threshold:g}", change)
+        return Verdict(not change < self.threshold, against("probe change", self.threshold), change)
 
     def computed(self, view: View) -> None:
         """The probe of a computed step is what later ones are compared with."""

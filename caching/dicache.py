@@ -26,7 +26,7 @@ from dita.anatomy import Anatomy
 from dita.caching.base import CachingMethod
 from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast
-from dita.caching.policy import Policy, Verdict, View, relative_l1
+from dita.caching.policy import Policy, Verdict, View, against, relative_l1
 from dita.caching.storage import bytes_of
 from dita.config import check_number, check_whole
 from dita.registry import register
@@ -70,7 +70,7 @@ class OnlineProbe(Policy):
         worst = self._error.max().item()
         skip = worst < self.threshold
         return Verdict(
-            not skip, f"probe change against {self.threshold:g}", worst, weights=self._weights() if skip else None
+            not skip, against("probe change", self.threshold), worst, weights=self._weights() if skip else None
         )
 
     def _weights(self) -> tuple[float, ...]:

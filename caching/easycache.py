@@ -24,7 +24,7 @@ import torch
 from dita.anatomy import Anatomy
 from dita.caching.base import CachingMethod
 from dita.caching.engine import Recipe
-from dita.caching.policy import Guards, Policy, Verdict, View
+from dita.caching.policy import Guards, Policy, Verdict, View, against
 from dita.caching.storage import bytes_of
 from dita.config import check_number, check_whole
 from dita.registry import register
@@ -59,7 +59,7 @@ class LatentChange(Policy):
         step = self._rate * _mean(view.latents - self._latents) / _mean(self._computed[1]).clamp_min(1e-12)
         self._error = self._error + step
         worst = self._error.max().item()
-        return Verdict(not worst < self.threshold, f"output change against {self.threshold:g}", worst)
+        return Verdict(not worst < self.threshold, against("output change", self.threshold), worst)
 
     def saw(self, site: Site, inputs: Features, outputs: Features, view: View) -> None:
         """Measure how the output moves with the latents between computed steps."""

@@ -411,7 +411,7 @@ class CacheHandler(Handler):
             return
         stream, view = self._stream(call), self._make_view(call)
         stream.finite.end_call()
-        if call.action != "computed" and not all(map(self._stands_in, self._whole)):
+        if call.action != "computed" and not (self._whole <= self._stood_in or all(map(self._stands_in, self._whole))):
             call.action = "partial"
         if self._changes:
             view.block_change = torch.stack(self._changes).mean(0)

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 from dita.anatomy import Anatomy
 from dita.caching.engine import Recipe
 from dita.caching.magnitude import MagnitudeTable, measure_magnitudes
-from dita.caching.policy import Guards, Verdict, View
+from dita.caching.policy import Guards, Verdict, View, against
 from dita.caching.table import CalibratedMethod, TablePolicy
 from dita.config import check_number, check_whole
 from dita.registry import register
@@ -51,6 +51,7 @@ class MagnitudeGate(TablePolicy):
         self.table: MagnitudeTable = table
         self.threshold, self.max_skip, self.retention = threshold, max_skip, retention
         self.always = frozenset(always)
+        self._ratios: tuple[float, ...] = ()
         self._ratio, self._error, self._skips = 1.0, 0.0, 0
 
     def begin(self, view: View) -> None:
@@ -67,14 +68,15 @@ class MagnitudeGate(TablePolicy):
             return Verdict(True, "threshold 0")
         if position.local_step < int(self.retention * position.steps):
             return Verdict(True, "retention")
-        if self.always and nearest_index(len(self.table.of(position)), position) in self.always:
+        self._ratios = self._ratios or self.table.of(position)
+        if self.always and nearest_index(len(self._ratios), position) in self.always:
             return Verdict(True, "always computed")
-        self._ratio *= self.table.ratio(position)
+        self._ratio *= self.table.nearest(self._ratios, position)
         self._error += abs(1 - self._ratio)
         self._skips += 1
         if self._skips <= self.max_skip and self._error < self.threshold:
-            return Verdict(False, f"magnitude error against {self.threshold:g}", self._error)
-        reason = "max_skip" if self._skips > self.max_skip else f"magnitude error against {self.threshold:g}"
+            return Verdict(False, against("magnitude error", self.threshold), self._error)
+        reason = "max_skip" if self._skips > self.max_skip else against("magnitude error", self.threshold)
         return Verdict(True, reason, self._error)
 
     def computed(self, view: View) -> None:

@@ -49,10 +49,6 @@ class MagnitudeTable(Table):
         found = row_of(self.values, position)
         return next(iter(self.values.values())) if found is None else found
 
-    def ratio(self, position: Position) -> float:
-        """The ratio of a step."""
-        return self.nearest(self.of(position), position)
-
 
 class _Recorder(Recorder):
     """Writes down the ratios."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -280,6 +281,17 @@ class Periodic(Policy):
         return Verdict(step % self.interval == 0, f"interval {self.interval}")
 
 
+@lru_cache
+def against(what: str, limit: float) -> str:
+    """The reason of a verdict that compares a number with a limit; the same at every step, and so made once.
+
+    Example:
+        >>> against("probe change", 0.10)
+        'probe change against 0.1'
+    """
+    return f"{what} against {limit:g}"
+
+
 def relative_l1(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     """Mean |new - old| over mean |old|, per sample, in float32.
 
@@ -293,6 +305,6 @@ def relative_l1(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
         >>> relative_l1(torch.tensor([[3.0], [1.0]]), torch.tensor([[2.0], [1.0]]))
         tensor([0.5000, 0.0000])
     """
-    difference = (new.float() - old.float()).abs().flatten(1).mean(1)
+    difference = (new.float() - old.float()).abs_().flatten(1).mean(1)
     scale = old.float().abs().flatten(1).mean(1)
     return torch.where(difference == 0, difference, difference / scale)

@@ -24,7 +24,7 @@ from dita.anatomy import Anatomy
 from dita.caching.base import ForecastingMethod
 from dita.caching.engine import Recipe
 from dita.caching.forecast import Forecast
-from dita.caching.policy import Policy, Verdict, View
+from dita.caching.policy import Policy, Verdict, View, against
 from dita.config import check_number, check_whole
 from dita.errors import DitaError
 from dita.registry import register
@@ -61,8 +61,8 @@ class Speculation(Policy):
             return Verdict(True, f"{self.most} drafts", self._error)
         verify = self._drafts >= self.least
         if verify and self._error is not None and self._error > allowed:
-            return Verdict(True, f"last draft's error against {allowed:g}", self._error)
-        return Verdict(False, f"last draft's error against {allowed:g}", self._error, verify=verify)
+            return Verdict(True, against("last draft's error", allowed), self._error)
+        return Verdict(False, against("last draft's error", allowed), self._error, verify=verify)
 
     def verified(self, draft: Features, exact: Features, view: View) -> None:
         """Measure the draft; the largest error of any sample counts."""

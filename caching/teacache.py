@@ -21,6 +21,7 @@ published ones are used as they are.
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,7 @@ import torch
 
 from dita.anatomy import Anatomy
 from dita.caching.engine import Recipe
-from dita.caching.policy import Guards, Verdict, View, relative_l1
+from dita.caching.policy import Guards, Verdict, View, against, relative_l1
 from dita.caching.storage import bytes_of
 from dita.caching.table import CalibratedMethod, Measurement, Recorder, TablePolicy, measure, stream_key
 from dita.config import check_number
@@ -73,19 +74,20 @@ class Rescaling(Table):
         if limits and not (has_form(limits, (float, float)) and limits[0] <= limits[1]):
             raise ValueError(f"a range of {limits!r}")
 
-    def __call__(self, change: torch.Tensor) -> torch.Tensor:
-        """Evaluate, elementwise.
+    def __call__(self, change: float) -> float:
+        """Evaluate.
 
         Example:
-            >>> Rescaling({"coefficients": (2.0, 1.0), "range": (0.0, 1.0)})(torch.tensor([0.5, 3.0]))
-            tensor([2., 3.])
+            >>> polynomial = Rescaling({"coefficients": (2.0, 1.0), "range": (0.0, 1.0)})
+            >>> polynomial(0.5), polynomial(3.0)
+            (2.0, 3.0)
         """
         limits = self.values["range"]
-        x = change.double().clamp(*limits) if limits else change.double()
-        total = torch.zeros_like(x)
+        x = min(max(change, limits[0]), limits[1]) if limits else change
+        total = 0.0
         for coefficient in self.values["coefficients"]:
             total = total * x + coefficient
-        return (total.clamp_min(0) if limits else total).float()
+        return max(total, 0.0) if limits else total
 
 
 class EntryChange(TablePolicy):
@@ -101,7 +103,7 @@ class EntryChange(TablePolicy):
         self.threshold, self.rescaling = threshold, rescaling
         self._now: torch.Tensor | None = None
         self._last: torch.Tensor | None = None
-        self._sum: torch.Tensor | float = 0.0
+        self._sums: list[float] = []
 
     def saw(self, site: Site, inputs: Features, outputs: Features, view: View) -> None:
         """Take what the first attention is about to read."""
@@ -112,13 +114,15 @@ class EntryChange(TablePolicy):
         """Add this step's change."""
         if self.threshold <= 0 or self._now is None or self._last is None:
             return Verdict(True, "threshold 0" if self.threshold <= 0 else "first step")
-        self._sum = self._sum + self.rescaling(relative_l1(self._now, self._last))
-        worst = self._sum.max().item()
-        return Verdict(not worst < self.threshold, f"input change against {self.threshold:g}", worst)
+        changes = relative_l1(self._now, self._last).tolist()  # few numbers, of which the host has to hear anyway
+        sums = self._sums or [0.0] * len(changes)
+        self._sums = [total + self.rescaling(change) for total, change in zip(sums, changes, strict=True)]
+        worst = math.nan if any(map(math.isnan, self._sums)) else max(self._sums)
+        return Verdict(not worst < self.threshold, against("input change", self.threshold), worst)
 
     def computed(self, view: View) -> None:
         """Start anew."""
-        self._sum, self._last = 0.0, None
+        self._sums, self._last = [], None
 
     def skipped(self, view: View) -> None:
         """What the step before read has done its service."""

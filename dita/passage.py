@@ -26,8 +26,8 @@ class _Reached(Exception):
 class Timer:
     """Seconds of one call: host clock on the CPU, events on a CUDA device, read when the report is."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+    def __init__(self, cuda: bool) -> None:
+        self._cuda = cuda
         if self._cuda:
             self._events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
             self._events[0].record()
@@ -169,7 +169,7 @@ def left_out(position: Position, role: str, reason: str, model: str) -> tuple[St
         >>> left_out(Position(0, 1, 0, "all", 0, 1, 0), "uncond", "outside", "transformer")[0].action
         'skipped'
     """
-    timer = Timer(torch.device("cpu"))
+    timer = Timer(cuda=False)
     timer.stop()
     branch = position.branch if role == "all" else role
     return StepRecord(position.step, position.stage, branch, "skipped", None, reason, model), timer
@@ -200,6 +200,8 @@ def latents_of(arguments: Mapping[str, Any]) -> torch.Tensor | None:
         torch.Size([2, 3, 4])
     """
     known = arguments.get("hidden_states")
+    if isinstance(known, torch.Tensor) and known.is_floating_point() and known.ndim >= 2:
+        return known
     for value in (known, *arguments.values()):
         held = list(value) if isinstance(value, (list, tuple)) else [value]
         fit = [t for t in held if isinstance(t, torch.Tensor) and t.is_floating_point() and t.ndim >= 2]

@@ -246,7 +246,7 @@ class ModelRuntime:
         call = self._describe(position, args, kwargs, tensors)
         call.reason, call.scale, call.tokens, call.fresh, call.due = reason, scale, tokens, fresh, due
         call.grid = call.grid if grid is None else grid
-        timer = Timer(tensors[0].device if tensors else torch.device("cpu"))
+        timer = Timer(cuda=bool(tensors) and tensors[0].is_cuda)
         self._call = call
         self._occurrences.clear()
         self._offload.begin_call()
