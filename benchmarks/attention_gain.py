@@ -29,7 +29,7 @@ import dita
 from dita import registry
 from dita.anatomy import describe
 from dita.eval.environment import code_version, device_name, library_versions
-from dita.eval.metrics import psnr, video_psnr
+from dita.eval.metrics import psnr
 from dita.eval.pipelines import load_pipeline, pipeline_folder
 from dita.eval.sampling import Sampling, draw
 from dita.eval.task import task_of
@@ -107,7 +107,7 @@ def measure(
             sparse, thinned = run("sparse")
             report = dita.report(pipe).last
         pairs.append((dense, thinned))
-        near = (video_psnr if plain.ndim == 5 else psnr)(sparse, plain).mean().item()
+        near = psnr(sparse, plain).mean().item()
         if near < least:
             raise SystemExit(f"{method.label()} comes to {near:.2f} dB, below {least:g}: no numbers")
     if not draw(pipe, sampling, indices).media.equal(plain):

@@ -23,7 +23,7 @@ import dita
 from dita import registry
 from dita.config import Method
 from dita.eval.environment import code_version, device_name, library_versions
-from dita.eval.metrics import psnr, summarize_psnr, video_psnr
+from dita.eval.metrics import psnr, summarize_psnr
 from dita.eval.pipelines import load_pipeline, pipeline_folder
 from dita.eval.sampling import Sampling, check_pipeline, draw
 from dita.eval.task import task_of
@@ -67,8 +67,7 @@ def measure(pipe: Any, sampling: Sampling, config: Method, size: int, repeats: i
         key = mode.replace(" ", "_")
         row[f"{key}_speedup"] = plain / statistics.median(seconds[mode])
         row[f"{key}_computed"] = shares[mode]
-        near = (video_psnr if media[mode].ndim == 5 else psnr)(media[mode], media["plain"])
-        row[f"{key}_psnr"] = summarize_psnr(near).mean
+        row[f"{key}_psnr"] = summarize_psnr(psnr(media[mode], media["plain"])).mean
     return row
 
 

@@ -19,7 +19,7 @@ import torch
 
 import dita
 from dita.eval.environment import code_version, device_name, library_versions
-from dita.eval.metrics import bootstrap_interval, psnr, video_psnr
+from dita.eval.metrics import bootstrap_interval, psnr
 from dita.eval.pipelines import load_pipeline, pipeline_folder
 from dita.eval.sampling import Sampling, draw
 from dita.eval.task import task_of
@@ -27,11 +27,6 @@ from dita.eval.timing import pinned_threads
 from dita.schedulers.timesteps import OptimalSteps
 
 Row = dict[str, Any]
-
-
-def compared(media: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
-    """PSNR in dB of each sample: float64 [N]."""
-    return (video_psnr if media.ndim == 5 else psnr)(media, plain)
 
 
 def drawn(pipe: Any, sampling: Sampling, steps: int | None = None) -> torch.Tensor:
@@ -44,7 +39,7 @@ def measure(pipe: Any, sampling: Sampling, calibration: Sampling, args: argparse
     plain = drawn(pipe, sampling)
     found: dict[tuple[str, int], list[torch.Tensor]] = {}
     for steps in args.steps:
-        found["even", steps] = [compared(drawn(pipe, sampling, steps), plain)]
+        found["even", steps] = [psnr(drawn(pipe, sampling, steps), plain)]
     for number in range(args.sets):
         other = replace(calibration, seed=sampling.seed + 1 + number)
         for power in args.powers:
@@ -53,7 +48,7 @@ def measure(pipe: Any, sampling: Sampling, calibration: Sampling, args: argparse
             )
             for steps in args.steps:
                 with dita.accelerated(pipe, method.replace(steps=steps)):
-                    values = compared(drawn(pipe, sampling), plain)
+                    values = psnr(drawn(pipe, sampling), plain)
                 found.setdefault((f"{power:g}", steps), []).append(values)
                 print(f"set {number}, power {power:g}, {steps} steps: {values.mean():.2f} dB", flush=True)
     rows = []

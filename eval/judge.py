@@ -30,7 +30,6 @@ from dita.eval.metrics import (
     psnr,
     ssim,
     summarize_psnr,
-    video_psnr,
 )
 from dita.eval.metrics.pretrained import require
 from dita.eval.metrics.semantic import semantics
@@ -135,7 +134,7 @@ class Judge:
         media, reference = drawn.media, plain.media
         video = media.ndim == 5
         values: Values = {
-            "psnr": (video_psnr if video else psnr)(media, reference),
+            "psnr": psnr(media, reference),
             "ssim": (per_frame(ssim) if video else ssim)(media, reference),
         }
         if video and media.shape[1] > 1:

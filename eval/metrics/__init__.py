@@ -22,7 +22,7 @@ from dita.eval.metrics.pretrained import (
     frechet_inception_distance,
     lpips,
 )
-from dita.eval.metrics.video import flicker, flicker_difference, motion_consistency, per_frame, video_psnr
+from dita.eval.metrics.video import flicker, flicker_difference, motion_consistency, per_frame
 from dita.eval.metrics.weights import find_weights
 
 __all__ = [
@@ -55,5 +55,4 @@ __all__ = [
     "psnr",
     "ssim",
     "summarize_psnr",
-    "video_psnr",
 ]

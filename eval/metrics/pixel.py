@@ -54,14 +54,17 @@ def _check_shapes(values: torch.Tensor, reference: torch.Tensor, name: str) -> N
 
 
 def psnr(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio of each image, in dB: -10 log10 of its mean squared error, for a peak of 1.
+    """Peak signal-to-noise ratio of each image or clip, in dB: -10 log10 of its mean squared error, for a peak of 1.
+
+    The error of a clip is that over all pixels of all frames, identical ones with their 0: its PSNR is never above the
+    mean of its frames', if none is identical.
 
     Args:
-        images: float [N, C, H, W] in [0, 1].
+        images: float [N, C, H, W] or [N, T, C, H, W] in [0, 1].
         reference: the same shape.
 
     Returns:
-        float64 [N]; inf where an image equals its reference. `summarize_psnr` averages them.
+        float64 [N]; inf where an image or clip equals its reference. `summarize_psnr` averages them.
 
     Raises:
         DitaError: shapes differ, or values leave [0, 1].
@@ -69,8 +72,13 @@ def psnr(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     Example:
         >>> psnr(torch.full((1, 1, 8, 8), 0.6), torch.full((1, 1, 8, 8), 0.5)).round(decimals=3)
         tensor([20.], dtype=torch.float64)
+        >>> clip = torch.full((1, 4, 1, 8, 8), 0.5)
+        >>> half = clip.clone()
+        >>> half[:, :2] += 0.1
+        >>> psnr(half, clip).round(decimals=2)
+        tensor([23.01], dtype=torch.float64)
     """
-    images, reference = check_pair(images, reference)
+    images, reference = (check_video_pair if images.ndim == 5 else check_pair)(images, reference)
     error = (images.double() - reference.double()).square().flatten(1).mean(1)
     return -10 * error.log10()
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dita.errors import DitaError
-from dita.eval.metrics.pixel import check_video_pair, check_videos, psnr
+from dita.eval.metrics.pixel import check_video_pair, check_videos
 
 _STILL = 0.5 / 255  # a change below half a level of 8 bits is not seen
 
@@ -19,7 +19,7 @@ def per_frame(metric: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
     Frames with an infinite value (PSNR of a frame that equals its reference) are left out of the mean, as
     `summarize_psnr` leaves out identical images: for PSNR that can only lower it. A clip with no other frames gets the
     infinite value. The mean of the frames' PSNR lies above the PSNR of the clip, the more so the more the error
-    changes over time; `video_psnr` has neither trouble.
+    changes over time; `psnr` of whole clips has neither trouble.
 
     Args:
         metric: such as `psnr`, `ssim` or `lpips`: maps images and reference [M, C, H, W], and options, to [M].
@@ -51,33 +51,6 @@ def per_frame(metric: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
         return mean.where(finite.any(1), values[:, 0])
 
     return video_metric
-
-
-def video_psnr(videos: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio of each clip, in dB: that of its mean squared error over all pixels of all frames.
-
-    Identical frames count with their error of 0, so a clip is infinite only if all its frames are. Never above the
-    mean of its frames' PSNR, if none is identical.
-
-    Args:
-        videos: float [N, T, C, H, W] in [0, 1].
-        reference: the same shape.
-
-    Returns:
-        float64 [N]; `summarize_psnr` averages them.
-
-    Raises:
-        DitaError: shapes differ, or values leave [0, 1].
-
-    Example:
-        >>> clip = torch.full((1, 4, 1, 8, 8), 0.5)
-        >>> half = clip.clone()
-        >>> half[:, :2] += 0.1
-        >>> video_psnr(half, clip).round(decimals=2)
-        tensor([23.01], dtype=torch.float64)
-    """
-    videos, reference = check_video_pair(videos, reference)
-    return psnr(videos.flatten(1, 2), reference.flatten(1, 2))
 
 
 def flicker(videos: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,6 @@ from dita.eval.metrics import (
     psnr,
     ssim,
     summarize_psnr,
-    video_psnr,
 )
 
 SHAPES = [pytest.param((2, 4, 1, 16, 16), id="grey"), pytest.param((3, 2, 3, 17, 13), id="rgb-ragged")]
@@ -39,12 +38,12 @@ def still(frames: int = 5) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_video_psnr_is_that_of_the_whole_clip_by_scikit_image(shape):
+def test_psnr_of_clips_is_that_of_the_whole_clip_by_scikit_image(shape):
     videos, reference = pair(shape)
     expected = [
         peak_signal_noise_ratio(r.numpy(), v.numpy(), data_range=1) for v, r in zip(videos, reference, strict=True)
     ]
-    torch.testing.assert_close(video_psnr(videos, reference), torch.tensor(expected).double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(psnr(videos, reference), torch.tensor(expected).double(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -63,7 +62,7 @@ def test_the_clips_psnr_is_pooled_over_identical_frames_and_the_mean_leaves_them
     videos[0, 0] = reference[0, 0]
     videos[1] = reference[1]
     error = np.mean([mean_squared_error(r.numpy(), v.numpy()) for v, r in zip(videos[0], reference[0], strict=True)])
-    pooled, mean = video_psnr(videos, reference), per_frame(psnr)(videos, reference)
+    pooled, mean = psnr(videos, reference), per_frame(psnr)(videos, reference)
     assert pooled.tolist() == pytest.approx([-10 * math.log10(error), math.inf])
     assert mean[0] == pytest.approx(summarize_psnr(psnr(videos[0], reference[0])).mean)
     assert mean[1] == math.inf
@@ -73,7 +72,7 @@ def test_pooled_psnr_is_never_above_the_mean_over_differing_frames():
     videos, reference = pair((6, 5, 1, 12, 12))
     strength = torch.linspace(0.1, 1, 5).reshape(5, 1, 1, 1)
     videos = reference + strength * (videos - reference)
-    assert (per_frame(psnr)(videos, reference) - video_psnr(videos, reference) > 1).all()
+    assert (per_frame(psnr)(videos, reference) - psnr(videos, reference) > 1).all()
 
 
 def test_per_frame_hands_options_on_and_refuses_a_metric_that_does_not_fit():
@@ -165,8 +164,10 @@ def test_still_clips_agree_with_each_other_and_with_nothing_that_moves():
         pytest.param(torch.full((1, 2, 1, 4, 4), math.nan), torch.ones(1, 2, 1, 4, 4), "nan", id="nan"),
     ],
 )
-@pytest.mark.parametrize("metric", [video_psnr, per_frame(psnr), flicker_difference, motion_consistency])
+@pytest.mark.parametrize("metric", [psnr, per_frame(psnr), flicker_difference, motion_consistency])
 def test_unfit_clips_are_refused(metric, videos, reference, message):
+    if metric is psnr and videos.ndim == 4:
+        return  # images
     with pytest.raises(DitaError, match=message):
         metric(videos, reference)
 
