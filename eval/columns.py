@@ -178,7 +178,7 @@ COLUMNS: tuple[Column, ...] = (
         _spread("speedup", ".2f"),
     ),
     Column("ms/sample", _number("seconds_per_image", ".1f", 1000), "wall-clock time of a whole run, per sample"),
-    Column("FLOPs", _number("flops_ratio", ".1%"), "operations counted, of the plain run's"),
+    Column("FLOPs", _number("flops_ratio", ".1%"), "operations counted in the first batch, of the plain run's"),
     Column("computed", _number("computed_fraction", ".1%"), "transformer steps computed, of the plain run's"),
     Column(
         "density", _number("density", ".1%"), "pairs of tokens that attention computed, of all, over computed layers"
