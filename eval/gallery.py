@@ -45,7 +45,7 @@ def gallery(rows: Sequence[Mapping[str, Any]], strips: Mapping[str, bytes], anim
         name = f"{row.get('task')}: {row['method']}" if several else row["method"]
         groups.setdefault(name, []).append(
             {
-                "caption": _caption(row),
+                "caption": caption_of(row),
                 "task": row.get("task") or "",
                 "media": row.get("media") or "image",
                 "image": picture_uri(strips[row["key"]]),
@@ -123,7 +123,13 @@ def _jpeg(data: bytes) -> bytes:
     return stream.getvalue()
 
 
-def _caption(row: Mapping[str, Any]) -> str:
+def caption_of(row: Mapping[str, Any]) -> str:
+    """What stands above a row's picture: its label, speedup and PSNR.
+
+    Example:
+        >>> caption_of({"label": "interval=3", "speedup": 2.0, "psnr": 31.0})
+        'interval=3: 2.00×, 31.0 dB'
+    """
     value = psnr_of(row)
     quality = "identical" if value == math.inf else f"{value:.1f} dB" if value > -math.inf else ""
     return f"{row['label']}: " + ", ".join(part for part in (f"{row['speedup']:.2f}\u00d7", quality) if part)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from dita.errors import DitaError
+from dita.eval.embedded import Picture, pictures_in
 from dita.eval.pipelines import BUNDLED
 from dita.eval.rows import Row, append_row, read_rows
 from dita.eval.settings import FEWER_STEPS, PLAIN, digest
@@ -14,6 +14,7 @@ from dita.eval.sweeping import publish
 from dita.eval.task import task_of
 
 _SAME = ("task", "weights", "samples", "seed", "guidance", "plain_steps", "prompts", "call", "dtype")
+_PICTURES = ("png", "jpeg", "webp")
 _JUDGED = ("perceptual", "fd_garment", "fd_world")
 
 
@@ -23,6 +24,7 @@ def join_sweeps(folders: Sequence[str | Path], out: str | Path, by_setting: bool
     A method is taken from the last sweep that has it, with all its settings, for an older one knows another code; the
     plain run, fewer steps and what the report says of the machine from the first one that has them. Every row keeps its
     own date, code version and device.
+    Pictures are those in the sweeps' images/, and where one is not there, that in the sweep's report.html, if it is.
     Columns read off a bundled network are left out of sweeps whose network was another than the last sweep's.
 
     Args:
@@ -60,7 +62,7 @@ def join_sweeps(folders: Sequence[str | Path], out: str | Path, by_setting: bool
     first = [row for name in (PLAIN, "data", FEWER_STEPS) for row in chosen.pop(name, ())]
     ours = sorted(name for name in chosen if chosen[name][0]["origin"] == "dita")
     rows = [*first, *(row for name in (*ours, *(n for n in chosen if n not in ours)) for row in chosen[name])]
-    _write(rows, places, out)
+    _write(rows, places, dict(zip(paths, sweeps, strict=True)), out)
     return publish(out, rows, str(rows[0]["task"]), _prompts(rows[0]))
 
 
@@ -103,15 +105,22 @@ def _judged_by(judge: str, row: Row) -> Row:
     return kept
 
 
-def _write(rows: Sequence[Row], places: dict[str, Path], out: Path) -> None:
+def _write(rows: Sequence[Row], places: dict[str, Path], sweeps: dict[Path, list[Row]], out: Path) -> None:
     (out / "images").mkdir(parents=True, exist_ok=True)
     fresh = out / "results.jsonl.part"
     fresh.unlink(missing_ok=True)
+    pages: dict[Path, dict[str, list[Picture]]] = {}
     for row in rows:
         append_row(fresh, row)
-        for suffix in ("png", "webp"):
-            picture = places[row["key"]] / "images" / f"{row['key']}.{suffix}"
-            target = out / "images" / picture.name
-            if picture.is_file() and picture != target:
-                shutil.copyfile(picture, target)
+        place, key = places[row["key"]], row["key"]
+        files = [path for suffix in _PICTURES if (path := place / "images" / f"{key}.{suffix}").is_file()]
+        if not files and place not in pages:
+            pages[place] = _embedded(place / "report.html", sweeps[place])
+        pictures = [(path.suffix[1:], path.read_bytes()) for path in files] or pages[place].get(key, ())
+        for suffix, data in pictures:
+            (out / "images" / f"{key}.{suffix}").write_bytes(data)
     fresh.replace(out / "results.jsonl")
+
+
+def _embedded(page: Path, rows: Sequence[Row]) -> dict[str, list[Picture]]:
+    return pictures_in(page.read_text(encoding="utf-8"), rows) if page.is_file() else {}

@@ -221,7 +221,8 @@ def publish(out: Path, rows: list[Row], model: str, prompts: Sequence[str] = ())
     if note:
         console.print(note, highlight=False)
     shown = _SHOWN_CLIPS if any(row.get("media") == "video" for row in rows) else _SHOWN_IMAGES
-    pictures, animations = _pictures(out, rows, "png"), _pictures(out, rows, "webp")
+    pictures = _pictures(out, rows, "jpeg") | _pictures(out, rows, "png")
+    animations = _pictures(out, rows, "webp")
     return write_report(out / "report.html", rows, plot, pictures, model, animations, prompts[:shown])
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from dita.errors import DitaError
+from dita.errors import DitaError, DitaWarning
+from dita.eval.embedded import pictures_in
 from dita.eval.joining import join_sweeps
 from dita.eval.rows import read_rows
 
@@ -64,6 +68,36 @@ def test_the_last_sweep_that_has_a_method_counts(monday: Path, tmp_path: Path) -
     text = page.read_text()
     assert "third" in text and "mild" not in text and (page.parent / "pareto.png").stat().st_size > 1000
     assert "third" in (page.parent / "results.md").read_text()
+
+
+def test_pictures_are_taken_out_of_a_page_whose_folder_has_none(monday: Path, tmp_path: Path) -> None:
+    """A small strip, one that is embedded as JPEG, and a clip: what comes out of the page goes into the next."""
+    noisy = Image.fromarray(np.random.default_rng(0).integers(0, 256, (160, 160, 3), dtype=np.uint8))
+    for key, picture in {"plain-10_steps-old": Image.new("L", (8, 8)), "foca-mild-old": noisy}.items():
+        picture.save(monday / "images" / f"{key}.png")
+    Image.new("RGB", (8, 8), "red").save(monday / "images" / "foca-strong-old.png")
+    Image.new("RGB", (8, 8), "blue").save(monday / "images" / "foca-strong-old.webp")
+    for key in ("fewer_steps-5_steps-old", "a_peer-only-old"):
+        (monday / "images" / f"{key}.png").unlink()
+    tuesday = write(tmp_path / "tuesday", row("plain", "10 steps", psnr=None), row("bac", "one"))
+    page = join_sweeps([monday, tuesday], tmp_path / "both")
+    held = {path.name: path.read_bytes() for path in (page.parent / "images").iterdir()}
+    shutil.rmtree(page.parent / "images")
+    again = join_sweeps([page.parent], tmp_path / "again")
+    found = {path.name: path.read_bytes() for path in (again.parent / "images").iterdir()}
+    with Image.open(again.parent / "images" / "foca-mild-old.jpeg") as picture:
+        assert picture.size == (160, 160)
+    del held["foca-mild-old.png"], found["foca-mild-old.jpeg"]
+    assert found == held and {name.rpartition(".")[2] for name in found} == {"png", "webp"}
+    assert again.read_text().count("data:image/") == page.read_text().count("data:image/") >= 6
+
+
+def test_a_picture_of_no_row_is_named() -> None:
+    shots = [
+        f'<img alt="foca, {label}: 2.00×, 35.0 dB" src="data:image/gif;base64,R0lGODlh">' for label in ("mild", "old")
+    ]
+    with pytest.warns(DitaWarning, match="1 of 2 pictures belong to no row by their captions, such as 'foca, old"):
+        assert list(pictures_in("".join(shots), [row("foca", "mild"), row("foca", "strong")])) == ["foca-mild-old"]
 
 
 def test_settings_can_be_added(monday: Path, tmp_path: Path) -> None:
