@@ -52,13 +52,16 @@ def cosine_transform(length: int) -> torch.Tensor:
     return (waves / waves.norm(dim=1, keepdim=True)).float()
 
 
-def low_band(tokens: torch.Tensor, grid: tuple[int, ...], cutoff: float) -> torch.Tensor:
+def low_band(
+    tokens: torch.Tensor, grid: tuple[int, ...], cutoff: float, onto: torch.Tensor | None = None
+) -> torch.Tensor:
     """The low frequencies of tokens: over the grid by cosines, frame by frame, or along the tokens by Fourier.
 
     Args:
         tokens: [B, N, C], any float dtype.
         grid: frames, rows, columns with N tokens in all; anything else takes the Fourier transform along N.
         cutoff: of the greatest frequency (its distance to the origin on a grid), included.
+        onto: float32 [B, N, C] that it is added to; None for nothing.
 
     Returns:
         float32 [B, N, C].
@@ -71,17 +74,21 @@ def low_band(tokens: torch.Tensor, grid: tuple[int, ...], cutoff: float) -> torc
     if len(grid) != 3 or math.prod(grid) != count:
         frequencies = torch.fft.fftfreq(count, device=tokens.device).abs()
         kept = (frequencies <= cutoff * frequencies.max()).view(1, -1, 1)
-        return torch.fft.ifft(torch.fft.fft(tokens.float(), dim=1) * kept, dim=1).real
+        low = torch.fft.ifft(torch.fft.fft(tokens.float(), dim=1) * kept, dim=1).real
+        return low if onto is None else onto + low
     frames, rows, columns = grid
     planes = tokens.float().reshape(batch * frames, rows, columns, channels)
     waves = low_waves(rows, columns, cutoff, tokens.device)
     if waves is not None:
         flat = planes.flatten(1, 2)
-        return (waves.T @ (waves @ flat)).reshape(batch, count, channels)
+        there, back = waves @ flat, waves.T.expand(len(flat), -1, -1)
+        low = back @ there if onto is None else torch.baddbmm(onto.reshape(flat.shape), back, there)
+        return low.reshape(batch, count, channels)
     down, across = (cosine_transform(n).to(tokens.device) for n in (rows, columns))
     spectrum = torch.einsum("ur,vc,brcd->buvd", down, across, planes)
     spectrum *= _is_low(rows, columns, cutoff).to(tokens.device)[None, :, :, None]
-    return torch.einsum("ur,vc,buvd->brcd", down, across, spectrum).reshape(batch, count, channels)
+    low = torch.einsum("ur,vc,buvd->brcd", down, across, spectrum).reshape(batch, count, channels)
+    return low if onto is None else onto + low
 
 
 def _is_low(rows: int, columns: int, cutoff: float) -> torch.Tensor:
@@ -127,7 +134,7 @@ class BandForecast(Forecast):
         excess = history.combine([(place == 0) - weight for place, weight in enumerate(weights)])
         grid = call.grid if self.transform == "dct" else ()
         return tuple(
-            new if more is None or new is None else (new.float() + low_band(more, grid, self.cutoff)).to(new.dtype)
+            new if more is None or new is None else low_band(more, grid, self.cutoff, new.float()).to(new.dtype)
             for new, more in zip(ahead, excess, strict=True)
         )
 
