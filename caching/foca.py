@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 from dita.anatomy import Anatomy
@@ -55,24 +56,30 @@ class PredictCorrect(SelfFeeding):
             >>> PredictCorrect().entry_weights([1, 0], [True, True])
             [2.0, -1.0]
         """
-        count = len(steps)
-        computed = [i for i in range(count) if real[i]]
-        unit = [[1.0 if i == j else 0.0 for j in range(count)] for i in range(count)]
-        if count < 2 or len(computed) < 2:
-            return unit[0]
-        new, old = computed[:2]
-        gap = steps[new] - steps[old]
-        slope = [(a - b) / gap for a, b in zip(unit[new], unit[old], strict=True)]
-        spacing = steps[0] - steps[1]
-        newest = slope if real[0] else [(a - b) / spacing for a, b in zip(unit[0], unit[1], strict=True)]
-        # BDF2 on equal steps of 1; where the entry before is further away (a run's first steps), its slope stands in.
-        change = [(a - b) / spacing for a, b in zip(unit[0], unit[1], strict=True)]
-        predicted = [a + c / 3 + 2 / 3 * s for a, c, s in zip(unit[0], change, newest, strict=True)]
-        return [a + (s + p - a) / 2 for a, s, p in zip(unit[0], slope, predicted, strict=True)]
+        return list(_entry_weights(tuple(steps), tuple(real)))
 
     def rules(self, step: int, entries: Sequence[Entry]) -> Iterable[list[float]]:
         """See `SelfFeeding.rules`."""
         yield self.entry_weights([entry.step for entry in entries], [entry.real for entry in entries])
+
+
+@lru_cache
+def _entry_weights(steps: tuple[int, ...], real: tuple[bool, ...]) -> list[float]:
+    # The modules of a call ask for the same weights, one after the other.
+    count = len(steps)
+    computed = [i for i in range(count) if real[i]]
+    unit = [[1.0 if i == j else 0.0 for j in range(count)] for i in range(count)]
+    if count < 2 or len(computed) < 2:
+        return unit[0]
+    new, old = computed[:2]
+    gap = steps[new] - steps[old]
+    slope = [(a - b) / gap for a, b in zip(unit[new], unit[old], strict=True)]
+    spacing = steps[0] - steps[1]
+    newest = slope if real[0] else [(a - b) / spacing for a, b in zip(unit[0], unit[1], strict=True)]
+    # BDF2 on equal steps of 1; where the entry before is further away (a run's first steps), its slope stands in.
+    change = [(a - b) / spacing for a, b in zip(unit[0], unit[1], strict=True)]
+    predicted = [a + c / 3 + 2 / 3 * s for a, c, s in zip(unit[0], change, newest, strict=True)]
+    return [a + (s + p - a) / 2 for a, s, p in zip(unit[0], slope, predicted, strict=True)]
 
 
 @register
