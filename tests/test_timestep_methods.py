@@ -135,6 +135,9 @@ def test_listed_schedulers_refuse_what_they_cannot_run() -> None:
         ListedDPMSolverMultistepScheduler(**pair, listed_sigmas=[9.0, 3.0, 1.0])
     with pytest.raises(dita.DitaError, match="holds a list"):
         listed_scheduler(HeunDiscreteScheduler(), Points((1.0,)))
+    missing: Any = None  # what a table answers that chose for other numbers of steps
+    with pytest.raises(dita.DitaError, match="got NoneType"):
+        listed_scheduler(DDIMScheduler(), missing)
 
 
 def test_a_list_never_leads_back_to_noise() -> None:

@@ -237,6 +237,11 @@ def listed_scheduler(scheduler: Any, points: Points) -> Any:
         >>> listed.config.listed_timesteps
         [999, 400, 50]
     """
+    if not isinstance(points, Points):
+        raise DitaError(
+            f"expected the timesteps to run, got {type(points).__name__}: `table.points(steps)` of optimal-steps for a "
+            "number of steps that it chose for, or `table.points` of autodiffusion"
+        )
     lists = {"listed_timesteps": [int(entry) for entry in points.timesteps], "listed_sigmas": list(points.sigmas)}
     for kind in _KINDS:
         if isinstance(scheduler, kind.__bases__[0]):
