@@ -44,7 +44,7 @@ from dita.eval.pipelines import load_pipeline, pipeline_folder
 from dita.eval.sampling import Sampling, draw
 from dita.eval.task import task_of
 from dita.eval.timing import pinned_threads
-from dita.passage import run_to_attention
+from dita.passage import attention_of, run_to_attention
 from dita.patch import CallPatch, Patch
 from dita.seams import Site
 
@@ -71,9 +71,13 @@ class Passage(nn.Module):
 class Entry(Passage):
     """A block that runs as far as its first attention, and hands its streams on."""
 
+    def __init__(self, block: Block) -> None:
+        super().__init__(block)
+        self.attention = (attention_of(block),)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the inputs."""
-        run_to_attention(self.block[0], self.block[0].module, args, kwargs)
+        run_to_attention(self.block[0], self.attention[0], self.block[0].module, args, kwargs)
         return super().forward(*args, **kwargs)
 
 

@@ -82,13 +82,26 @@ def check_inputs(anatomy: Anatomy, handlers: Sequence[Handler]) -> None:
             )
 
 
-def run_to_attention(block: Block, forward: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+def attention_of(block: Block) -> torch.nn.Module:
+    """The first attention module of a block.
+
+    Raises:
+        DitaError: it has none.
+    """
+    attention = first_attention(block.module)
+    if attention is None:
+        raise DitaError(f"{block.path} holds no attention module: there is nothing to watch")
+    return attention
+
+
+def run_to_attention(
+    block: Block, attention: torch.nn.Module, forward: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.Tensor:
     """Run a block up to its first attention and return what that is about to read.
 
     Raises:
-        DitaError: it ran to its end without calling an attention module.
+        DitaError: it ran to its end without calling that module.
     """
-    attention = first_attention(block.module)
     seen: list[torch.Tensor] = []
 
     def stop(module: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -97,8 +110,6 @@ def run_to_attention(block: Block, forward: Original, args: tuple[Any, ...], kwa
             seen.append(value)
         raise _Reached
 
-    if attention is None:
-        raise DitaError(f"{block.path} holds no attention module: there is nothing to watch")
     handle = attention.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
         forward(*args, **kwargs)

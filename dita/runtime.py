@@ -24,6 +24,7 @@ from dita.passage import (
     Hooked,
     Original,
     Timer,
+    attention_of,
     check_inputs,
     first_tensor,
     flatten,
@@ -302,7 +303,7 @@ class ModelRuntime:
 
     def _around_block(self, block: Block) -> Any:
         starts, ends = self._starts[block.number], self._ends[block.number]
-        entries = [pair for pair in self._entries if pair[0].first == block.number]
+        entries = [(*pair, attention_of(block)) for pair in self._entries if pair[0].first == block.number]
 
         def around(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             call = self._call
@@ -312,9 +313,10 @@ class ModelRuntime:
                 self._offload.skips(block.module)
                 return block.pack(block.read(args, kwargs))
             if self._skipping is None:
-                for site, handler in entries:
+                for site, handler, attention in entries:
                     self._offload.runs(block.module)
-                    handler.computed(site, 0, call, (), (self._entry(block, original, args, kwargs),))
+                    entry = self._entry(block, attention, original, args, kwargs)
+                    handler.computed(site, 0, call, (), (entry,))
                 for site, handler in starts:
                     inputs = block.read(args, kwargs)
                     if not handler.compute(site, call, inputs):
@@ -360,11 +362,18 @@ class ModelRuntime:
         finally:
             self._call = call
 
-    def _entry(self, block: Block, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    def _entry(
+        self,
+        block: Block,
+        attention: torch.nn.Module,
+        original: Original,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
         call, self._call = self._call, None
         run = original if compiled_call(block.module) is None else block.module._call_impl
         try:
-            return run_to_attention(block, self.compilation.uncompiled(run), args, kwargs)
+            return run_to_attention(block, attention, self.compilation.uncompiled(run), args, kwargs)
         finally:
             self._call = call
 
