@@ -55,8 +55,8 @@ def join_sweeps(folders: Sequence[str | Path], out: str | Path, by_setting: bool
                 continue
             new = [_judged_by(judge, row) for row in rows if row["method"] == method]
             if by_setting:
-                settings = [_setting(row) for row in new]
-                new = [row for row in old if _setting(row) not in settings] + new
+                newest = {_setting(row): row for row in new}  # a folder that was resumed with newer code has two
+                new = [row for row in old if _setting(row) not in newest] + list(newest.values())
             chosen[method] = new
             places |= {row["key"]: path for row in new if row not in old}
     first = [row for name in (PLAIN, "data", FEWER_STEPS) for row in chosen.pop(name, ())]
