@@ -94,7 +94,7 @@ def test_using_the_api_opens_no_connection_and_compiles_nothing() -> None:
 
 def test_import_takes_less_than_twice_the_time_of_diffusers() -> None:
     # A busy machine can only lengthen a run, so the shortest of several is the fairest estimate of each.
-    pairs = [(seconds_to_run("import diffusers"), seconds_to_run("import dita")) for _ in range(3)]
+    pairs = [(seconds_to_run("import diffusers"), seconds_to_run("import dita")) for _ in range(2)]
     theirs, ours = (min(column) for column in zip(*pairs, strict=True))
     assert ours < 2 * theirs
 

@@ -14,9 +14,10 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.i
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DITA_NOTEBOOK_STEPS", "8")
+    monkeypatch.setenv("DITA_NOTEBOOK_STEPS", "6")
     monkeypatch.setenv("DITA_NOTEBOOK_SAMPLES", "2")
-    monkeypatch.setenv("DITA_NOTEBOOK_FRAMES", "3")
+    monkeypatch.setenv("DITA_NOTEBOOK_FRAMES", "2")
+    monkeypatch.setenv("DITA_NOTEBOOK_PAIRS", "1")
     monkeypatch.setenv("PYTHONPATH", str(path.parents[1]))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(path, as_version=4)

@@ -110,7 +110,7 @@ def test_the_bundled_network_reads_unseen_renders(kind):
     found = semantics((media + 1) / 2, texts, net)
     accuracies = {name: values.mean().item() for name, values in found.parts.items()}
     assert min(accuracies.values()) > 0.85, accuracies
-    shuffled = semantics((media.roll(1, 0) + 1) / 2, texts, net)
+    shuffled = semantics((media[1:101] + 1) / 2, texts[:100], net)
     assert shuffled.whole.mean() < 0.1
 
 
