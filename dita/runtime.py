@@ -281,7 +281,7 @@ class ModelRuntime:
         return Call(position, shapes, *said, schedule=self.clock.schedule, agree=self._agree)
 
     def _plain(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a call that belongs to no step of this pipeline: untouched, and remembered nowhere."""
+        """Run what belongs to no step of this pipeline, or is run besides: untouched, and remembered nowhere."""
         call, self._call = self._call, None
         try:
             return original(*args, **kwargs)
@@ -356,11 +356,7 @@ class ModelRuntime:
         """Run a block with nothing inside it skipped or remembered, on copies of what it reads."""
         copied = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
         named = {name: a.clone() if isinstance(a, torch.Tensor) else a for name, a in kwargs.items()}
-        call, self._call = self._call, None
-        try:
-            return block.unpack(original(*copied, **named))
-        finally:
-            self._call = call
+        return block.unpack(self._plain(original, copied, named))
 
     def _entry(
         self,
@@ -370,12 +366,8 @@ class ModelRuntime:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        call, self._call = self._call, None
         run = original if compiled_call(block.module) is None else block.module._call_impl
-        try:
-            return run_to_attention(block, attention, self.compilation.uncompiled(run), args, kwargs)
-        finally:
-            self._call = call
+        return self._plain(run_to_attention, (block, attention, self.compilation.uncompiled(run), args, kwargs), {})
 
     def _around_module(self, part: ModulePart) -> Any:
         handler, *others = (h for h in self.handlers if part.site in h.sites)

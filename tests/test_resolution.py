@@ -19,8 +19,6 @@ from pipelines_base import pooled, text
 from torch.overrides import TorchFunctionMode
 
 import dita
-from dita.anatomy import describe
-from dita.attention_view import Attended
 from dita.caching import TaylorSeer
 from dita.errors import DitaError
 from dita.eval.vae import SpaceToDepthVAE
@@ -29,7 +27,6 @@ from dita.loop import Loop, Request, Run, Runner, tensors_of
 from dita.schedulers.base import SamplingMethod
 from dita.schedulers.guidance import GuidanceInterval
 from dita.schedulers.resolution import RALU, BottleneckSampling, ProgressiveResolution
-from dita.schedulers.resolution.amplifier import TextAmplifier
 from dita.schedulers.resolution.edges import most_edges
 from dita.schedulers.resolution.layout import Layout, noise_weights
 from dita.schedulers.resolution.matching import matched, mismatch, starts
@@ -37,7 +34,7 @@ from dita.schedulers.resolution.mixture import Mixture, copied, lacking, latents
 from dita.schedulers.resolution.positions import run_at
 from dita.schedulers.resolution.ralu import RegionAdaptive
 from dita.schedulers.resolution.staged import StagedLoop
-from dita.seams import Call, Position
+from dita.seams import Position
 from dita.watching import watched
 
 TEXT = 6  # tokens of Flux's prompt
@@ -131,31 +128,6 @@ def test_progressive_resolution_is_the_papers_loop(amplify: bool) -> None:
     assert [r.action for r in run.records] == ["partial"] * 4 + ["computed"] * 4
     assert run.records[0].reason == "4 of 16 tokens; stage 1: 2 x 2 tokens a frame"
     assert "4 on fewer tokens (mean 25%)" in str(run)
-
-
-@pytest.mark.parametrize(("tiny", "text_slice"), [("flux", slice(0, 3)), ("sd3", slice(4, 7))])
-def test_the_amplifier_weighs_text_alone_and_only_at_reduced_resolution(tiny: str, text_slice: slice) -> None:
-    handler = TextAmplifier("m", describe(TINY[tiny].build().transformer))
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 7, 8, generator=generator) for _ in range(3))
-    padding = torch.ones(1, 1, 1, 7, dtype=torch.bool)
-    padding[..., text_slice.start] = False
-
-    def answered(seen: Attended, tokens: Any) -> Any:
-        call = Call(Position(0, 8, 0, "all", 0, 8, 0), tokens=tokens)
-        given_on: Any = lambda given: given  # noqa: E731
-        return handler.attend(handler.sites[0], 0, call, seen, given_on)
-
-    for mask in (None, padding, torch.zeros(padding.shape).masked_fill(~padding, -torch.inf)):
-        seen = Attended(q, k, v, mask)
-        weights = (q @ k.mT / 8**0.5).exp()
-        weights[..., text_slice] *= 4  # 4 of 64 tokens are left
-        if mask is not None:
-            weights[..., text_slice.start] = 0
-        expected = weights / weights.sum(-1, keepdim=True) @ v
-        torch.testing.assert_close(answered(seen, (4, 64)).attend(), expected)
-        assert answered(seen, None) is seen and answered(seen, (4, 4)) is seen
-        assert answered(seen, (7, 28)) is seen, "image tokens alone"
 
 
 def test_bottleneck_is_high_low_high() -> None:
@@ -421,13 +393,6 @@ def test_sparse_attention_follows_the_grid() -> None:
     output, run = attached("flux", RALU.forced(), config)
     mixed = [r for r in run.records if r.step in (2, 3, 4)]
     assert output.isfinite().all() and all("does not tell" in r.reason and r.density == 1 for r in mixed)
-
-
-def test_the_amplifier_excludes_other_methods_on_attention() -> None:
-    pipe, config = TINY["flux"].build(), ProgressiveResolution((0.5, 1.0))
-    with pytest.raises(DitaError, match="both decide about which attention is computed"):
-        dita.accelerate_pipeline(pipe, AdaSpa.forced(), config.replace(amplify=True))
-    dita.accelerate_pipeline(pipe, AdaSpa.forced(), config)
 
 
 def test_guidance_composes_in_either_order() -> None:
