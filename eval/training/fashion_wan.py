@@ -40,11 +40,11 @@ class Shape:
 
 
 # From which part of the budget on, and the shapes between which batches alternate. Garments are learnt from single
-# frames, which cost a thirteenth of a clip, motion from small clips, and both together at the end.
+# frames, which cost a thirteenth of a clip, motion from small and short clips, and both together at the end.
 STAGES: tuple[tuple[float, tuple[Shape, ...]], ...] = (
-    (0.00, (Shape(5, 16, 32), Shape(CLIP_FRAMES, 16, 12))),
-    (0.20, (Shape(1, SIDE, 32), Shape(CLIP_FRAMES, 16, 8), Shape(1, SIDE, 32), Shape(3, SIDE, 12))),
-    (0.75, (Shape(CLIP_FRAMES, SIDE, 3), Shape(1, SIDE, 32))),
+    (0.00, (Shape(5, 16, 32), Shape(1, SIDE, 32))),
+    (0.40, (Shape(5, SIDE, 8), Shape(1, SIDE, 32), Shape(CLIP_FRAMES, 16, 12))),
+    (0.80, (Shape(CLIP_FRAMES, SIDE, 3), Shape(1, SIDE, 32), Shape(5, SIDE, 8))),
 )
 
 

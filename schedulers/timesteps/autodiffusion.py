@@ -32,7 +32,7 @@ from dita.loop import Loop
 from dita.registry import register
 from dita.schedulers.base import CalibratedSampling, SamplingMethod
 from dita.schedulers.timesteps.evolution import Candidate, Space, evolve
-from dita.schedulers.timesteps.running import ListedLoop, RunTable
+from dita.schedulers.timesteps.running import ListedLoop, PointsTable
 from dita.schedulers.timesteps.schedule import Points, check_scheduler
 from dita.schedulers.timesteps.tracing import Trace, Watcher, same_start, trace
 from dita.seams import Call, Features, Handler, Site
@@ -42,7 +42,7 @@ from dita.table import Table, has_form, table_for
 Blocks = tuple[tuple[int, ...], ...]
 
 
-class SearchTable(RunTable):
+class SearchTable(PointsTable):
     """What the search found.
 
     `values` holds "timesteps" and "sigmas", "left_out" with the numbers of the blocks that each step leaves out, the
@@ -55,16 +55,9 @@ class SearchTable(RunTable):
     def verify(self) -> None:
         """See `Table.verify`."""
         super().verify()
-        count, sigmas, left_out = len(self.values["timesteps"]), self.values["sigmas"], self.values["left_out"]
-        if sigmas and not has_form(sigmas, (float,) * count):
-            raise ValueError(f"{count} timesteps, but noise levels {sigmas!r}")
+        count, left_out = len(self.values["timesteps"]), self.values["left_out"]
         if not has_form(left_out, tuple((int,) * len(blocks) for blocks in left_out)) or len(left_out) != count:
             raise ValueError(f"{count} timesteps, but blocks left out {left_out!r}")
-
-    @property
-    def points(self) -> Points:
-        """The timesteps to run."""
-        return Points(tuple(self.values["timesteps"]), tuple(self.values["sigmas"]))
 
     @property
     def left_out(self) -> Blocks:
@@ -111,7 +104,7 @@ class Searched(ListedLoop):
 
     def __init__(self, name: str, pipe: Any, table: SearchTable) -> None:
         super().__init__(name, pipe, table)
-        self.found, self.budget = table.points, int(table.values["budget"])
+        self.found, self.budget = table.listed, int(table.values["budget"])
 
     def chosen(self, asked: int) -> Points | int | str:
         """See `ListedLoop.chosen`."""

@@ -240,7 +240,7 @@ def listed_scheduler(scheduler: Any, points: Points) -> Any:
     if not isinstance(points, Points):
         raise DitaError(
             f"expected the timesteps to run, got {type(points).__name__}: `table.points(steps)` of optimal-steps for a "
-            "number of steps that it chose for, or `table.points` of autodiffusion"
+            "number of steps that it chose for, or `table.listed` of autodiffusion"
         )
     lists = {"listed_timesteps": [int(entry) for entry in points.timesteps], "listed_sigmas": list(points.sigmas)}
     for kind in _KINDS:

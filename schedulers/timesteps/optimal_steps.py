@@ -32,14 +32,14 @@ from dita.loop import Loop
 from dita.registry import register
 from dita.schedulers.base import CalibratedSampling
 from dita.schedulers.timesteps.paths import best_paths, jump_errors, student_paths
-from dita.schedulers.timesteps.running import ListedLoop, RunTable
+from dita.schedulers.timesteps.running import ListedLoop, PointsTable
 from dita.schedulers.timesteps.schedule import Points, check_scheduler
 from dita.schedulers.timesteps.tracing import trace
 from dita.seams import Position
-from dita.table import Table, has_form, table_for
+from dita.table import Table, table_for
 
 
-class ChoiceTable(RunTable):
+class ChoiceTable(PointsTable):
     """The fine run's timesteps, and for each smaller number of steps which of them to run.
 
     `values` holds "timesteps" and "sigmas" of the fine run and "chosen": number of steps -> indices.
@@ -51,9 +51,7 @@ class ChoiceTable(RunTable):
     def verify(self) -> None:
         """See `Table.verify`."""
         super().verify()
-        count, sigmas = len(self.values["timesteps"]), self.values["sigmas"]
-        if sigmas and not has_form(sigmas, (float,) * count):
-            raise ValueError(f"{count} timesteps, but noise levels {sigmas!r}")
+        count = len(self.values["timesteps"])
         if any(max(indices) >= count for indices in self.values["chosen"].values()):
             raise ValueError(f"there are {count} timesteps to choose from")
 
@@ -65,11 +63,10 @@ class ChoiceTable(RunTable):
             >>> table.points(2).timesteps
             (9.0, 1.0)
         """
-        fine = Points(tuple(self.values["timesteps"]), tuple(self.values["sigmas"]))
-        if steps == len(fine):
-            return fine
+        if steps == len(self.listed):
+            return self.listed
         indices = self.values["chosen"].get(str(steps))
-        return None if indices is None else fine.pick(indices)
+        return None if indices is None else self.listed.pick(indices)
 
 
 class Choosing(ListedLoop):

@@ -22,7 +22,7 @@ from dita.schedulers.timesteps.schedule import (
     with_steps,
 )
 from dita.seams import Position
-from dita.table import Table
+from dita.table import Table, has_form
 
 
 class RunTable(Table):
@@ -46,6 +46,22 @@ class RunTable(Table):
         if found:
             text = f"the {self.noun} was made with {', '.join(found)}; calibrate again for best quality"
             warnings.warn(text, DitaWarning, stacklevel=3)
+
+
+class PointsTable(RunTable):
+    """Such numbers with a list of timesteps: `values` holds "timesteps", and "sigmas" where the scheduler has them."""
+
+    def verify(self) -> None:
+        """See `Table.verify`."""
+        super().verify()
+        count, sigmas = len(self.values["timesteps"]), self.values["sigmas"]
+        if sigmas and not has_form(sigmas, (float,) * count):
+            raise ValueError(f"{count} timesteps, but noise levels {sigmas!r}")
+
+    @property
+    def listed(self) -> Points:
+        """The list."""
+        return Points(tuple(self.values["timesteps"]), tuple(self.values["sigmas"]))
 
 
 class ListedLoop(Loop):
