@@ -18,6 +18,7 @@ plain conditional one, for use with `true_cfg_scale`.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from dita.eval.training.flow import FlowTraining, arguments, flow_loss, noise_le
 from dita.eval.training.reading import learn_to_read
 from dita.eval.training.words import LENGTH, build_clip, build_t5, build_tokenizer
 from dita.eval.vae import SpaceToDepthVAE
-from dita.eval.world import GROUND, Renderer, random_scene
+from dita.eval.world import GROUND, Renderer, Scene, random_scene
 
 HEIGHT, WIDTH = 32, 64
 CALL = {"height": HEIGHT, "width": WIDTH, "max_sequence_length": LENGTH}
@@ -73,6 +74,30 @@ def build_pipeline() -> FluxPipeline:
     )
 
 
+def latents(pipe: Any, scenes: Sequence[Scene], renderer: Renderer, generator: torch.Generator) -> torch.Tensor:
+    """Render scenes as the transformer sees them: float32 [B, 128, 48], packed."""
+    kept = (pipe.vae.encode(renderer.scenes(scenes, generator)).latent_dist.mode() - _SHIFT) * _SCALE
+    return FluxPipeline._pack_latents(kept, len(scenes), 12, HEIGHT // 2, WIDTH // 2)
+
+
+def velocity(
+    pipe: Any, forward: Any, noisy: torch.Tensor, level: torch.Tensor, texts: list[str], guidance: torch.Tensor
+) -> torch.Tensor:
+    """Velocity [B, 128, 48] that a pipeline predicts at noise level [B]; `forward` is its transformer, or compiled."""
+    words, pooled, text_ids = pipe.encode_prompt(texts, max_sequence_length=LENGTH)
+    image_ids = FluxPipeline._prepare_latent_image_ids(1, HEIGHT // 4, WIDTH // 4, noisy.device, noisy.dtype)
+    return forward(
+        hidden_states=noisy,
+        timestep=level,
+        guidance=guidance,
+        pooled_projections=pooled,
+        encoder_hidden_states=words,
+        txt_ids=text_ids,
+        img_ids=image_ids,
+        return_dict=False,
+    )[0]
+
+
 class FluxTraining(FlowTraining):
     """Trains the pipeline on rendered scenes."""
 
@@ -94,9 +119,6 @@ class FluxTraining(FlowTraining):
             self.teacher_forward: Any = self.teacher.transformer
             if args.compile:
                 self.teacher_forward = torch.compile(self.teacher.transformer)
-        self.image_ids = FluxPipeline._prepare_latent_image_ids(
-            1, HEIGHT // 4, WIDTH // 4, torch.device("cpu"), torch.float32
-        )
 
     def build(self) -> FluxPipeline:
         return build_pipeline()
@@ -143,38 +165,13 @@ class FluxTraining(FlowTraining):
     def batch(self, count: int, renderer: Renderer, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
         """Draw packed latents [count, 128, 48] and their captions; one caption in seven leaves the places open."""
         scenes = [random_scene(generator) for _ in range(count)]
-        images = renderer.scenes(scenes, generator)
-        latents = (self.pipe.vae.encode(images).latent_dist.mode() - _SHIFT) * _SCALE
-        packed = FluxPipeline._pack_latents(latents, count, 12, HEIGHT // 2, WIDTH // 2)
-        texts = []
+        packed, texts = latents(self.pipe, scenes, renderer, generator), []
         for scene, chance in zip(scenes, torch.rand(count, generator=generator).tolist(), strict=True):
             text = str(scene)
             if chance < 1 / 7:
                 text = text.replace(" on the left", "").replace(" on the right", "")
             texts.append(text)
         return packed, texts
-
-    def predict(
-        self,
-        pipe: Any,
-        forward: Any,
-        noisy: torch.Tensor,
-        level: torch.Tensor,
-        texts: list[str],
-        guidance: torch.Tensor,
-    ) -> torch.Tensor:
-        """Velocity [B, 128, 48] that a pipeline predicts at noise level [B]."""
-        words, pooled, text_ids = pipe.encode_prompt(texts, max_sequence_length=LENGTH)
-        return forward(
-            hidden_states=noisy,
-            timestep=level,
-            guidance=guidance,
-            pooled_projections=pooled,
-            encoder_hidden_states=words,
-            txt_ids=text_ids,
-            img_ids=self.image_ids,
-            return_dict=False,
-        )[0]
 
     def loss(self, progress: float) -> tuple[torch.Tensor, int]:
         count, generator = self.args.batch, self.generator
@@ -187,17 +184,17 @@ class FluxTraining(FlowTraining):
         if self.teacher is None:
             if self.helpers:
                 self.seen.clear()
-            predicted = self.predict(self.pipe, self.forward, noisy, level, texts, guidance)
+            predicted = velocity(self.pipe, self.forward, noisy, level, texts, guidance)
             loss = flow_loss(predicted, clean, noise)
             return (loss + self.args.align * self.alignment(clean) if self.helpers else loss), count
         guided = torch.rand(count, generator=generator) < 0.75
         guidance = torch.where(guided, 1 + (_MOST_GUIDANCE - 1) * torch.rand(count, generator=generator), guidance)
         with torch.no_grad():
             ones = torch.ones(count)
-            told = self.predict(self.teacher, self.teacher_forward, noisy, level, texts, ones)
-            untold = self.predict(self.teacher, self.teacher_forward, noisy, level, [""] * count, ones)
+            told = velocity(self.teacher, self.teacher_forward, noisy, level, texts, ones)
+            untold = velocity(self.teacher, self.teacher_forward, noisy, level, [""] * count, ones)
             target = untold + guidance.view(-1, 1, 1) * (told - untold)
-        predicted = self.predict(self.pipe, self.forward, noisy, level, texts, guidance)
+        predicted = velocity(self.pipe, self.forward, noisy, level, texts, guidance)
         return nn.functional.mse_loss(predicted, target), count
 
     @torch.no_grad()
@@ -207,7 +204,7 @@ class FluxTraining(FlowTraining):
         level, noise = noise_levels(64, generator), torch.randn(clean.shape, generator=generator)
         noisy = torch.lerp(clean, noise, level.view(-1, 1, 1))
         with self.averaged():
-            predicted = self.predict(self.pipe, self.pipe.transformer, noisy, level, texts, torch.ones(64))
+            predicted = velocity(self.pipe, self.pipe.transformer, noisy, level, texts, torch.ones(64))
         return flow_loss(predicted, clean, noise).item()
 
 

@@ -11,6 +11,7 @@ Positions are rotary, so that training begins at 16x16 pixels and with few frame
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from dita.eval.task import Task
 from dita.eval.training.flow import FlowTraining, arguments, flow_loss, noise_levels, two_noise_levels
 from dita.eval.training.words import LENGTH, build_tokenizer, build_umt5
 from dita.eval.vae import SpaceToDepthVAE
-from dita.eval.world import CLIP_FRAMES, SIDE, Renderer, random_clip
+from dita.eval.world import CLIP_FRAMES, SIDE, Clip, Renderer, random_clip
 
 _MEAN, _STD = -0.65, 0.4  # of the pixels
 _DROPPED = 0.1
@@ -80,6 +81,19 @@ def build_pipeline() -> WanPipeline:
     )
 
 
+def latents(clips: Sequence[Clip], renderer: Renderer, generator: torch.Generator, shape: Shape) -> torch.Tensor:
+    """Render clips as the transformer sees them: float32 [B, 3, frames, side, side]."""
+    return (renderer.clips(clips, generator, shape.frames, shape.side) - _MEAN) / _STD
+
+
+def velocity(pipe: Any, noisy: torch.Tensor, level: torch.Tensor, texts: list[str]) -> torch.Tensor:
+    """Velocity, shaped as `noisy`, that a pipeline predicts at noise level [B]."""
+    words, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=LENGTH)
+    return pipe.transformer(hidden_states=noisy, timestep=1000 * level, encoder_hidden_states=words, return_dict=False)[
+        0
+    ]
+
+
 class WanTraining(FlowTraining):
     """Trains the pipeline on rendered clips."""
 
@@ -106,38 +120,27 @@ class WanTraining(FlowTraining):
     def load(self, folder: Path) -> WanPipeline:
         return WanPipeline.from_pretrained(folder, local_files_only=True)
 
-    def batch(self, shape: Shape, renderer: Renderer, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
-        """Draw latents [batch, 3, frames, side, side] and their captions."""
-        clips = [random_clip(generator) for _ in range(shape.batch)]
-        videos = renderer.clips(clips, generator, shape.frames, shape.side)
-        return (videos - _MEAN) / _STD, [str(clip) for clip in clips]
-
-    def predict(self, pipe: Any, noisy: torch.Tensor, level: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        """Velocity, shaped as `noisy`, that a pipeline predicts at noise level [B]."""
-        words, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=LENGTH)
-        return pipe.transformer(
-            hidden_states=noisy, timestep=1000 * level, encoder_hidden_states=words, return_dict=False
-        )[0]
-
     def loss(self, progress: float) -> tuple[torch.Tensor, int]:
         generator = self.generator
         shapes = [shapes for start, shapes in STAGES if progress >= start][-1]
         shape = shapes[self.step % len(shapes)]
-        clean, texts = self.batch(shape, self.renderer, generator)
+        clips = [random_clip(generator) for _ in range(shape.batch)]
+        clean, texts = latents(clips, self.renderer, generator, shape), [str(clip) for clip in clips]
         dropped = (torch.rand(shape.batch, generator=generator) < _DROPPED).tolist()
         texts = ["" if drop else text for drop, text in zip(dropped, texts, strict=True)]
         level, noise = two_noise_levels(shape.batch, generator, _SHIFTS), torch.randn(clean.shape, generator=generator)
         noisy = torch.lerp(clean, noise, level.view(-1, 1, 1, 1, 1))
-        return flow_loss(self.predict(self.pipe, noisy, level, texts), clean, noise), shape.batch
+        return flow_loss(velocity(self.pipe, noisy, level, texts), clean, noise), shape.batch
 
     @torch.no_grad()
     def held_out(self) -> float:
         generator = torch.Generator().manual_seed(0)
-        clean, texts = self.batch(Shape(4, SIDE, 16), self.unseen, generator)
+        clips = [random_clip(generator) for _ in range(16)]
+        clean, texts = latents(clips, self.unseen, generator, Shape(4, SIDE, 16)), [str(clip) for clip in clips]
         level, noise = noise_levels(16, generator, _SHIFT), torch.randn(clean.shape, generator=generator)
         noisy = torch.lerp(clean, noise, level.view(-1, 1, 1, 1, 1))
         with self.averaged():
-            predicted = self.predict(self.pipe, noisy, level, texts)
+            predicted = velocity(self.pipe, noisy, level, texts)
         return flow_loss(predicted, clean, noise).item()
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline, WanPipeline
 
+from dita.errors import DitaError
 from dita.eval.pipelines import load_pipeline
 from dita.eval.sampling import Sampling, draw
 from dita.eval.task import Task, task_of
@@ -24,6 +25,7 @@ from dita.eval.training.flow import (
     schedule,
     two_noise_levels,
 )
+from dita.eval.training.listening import exchanged, listen, words_heard
 from dita.eval.training.muon import Muon, orthogonalised
 from dita.eval.training.reading import answers, learn_to_read
 from dita.eval.training.words import build_t5, build_tokenizer
@@ -105,6 +107,40 @@ def test_text_encoders_learn_to_read():
     after = learn_to_read(encode, nets, (128,), 4, generator())
     assert before < 0.4 < 0.6 < after
     assert math.isnan(learn_to_read(encode, nets, (128,), 0, generator()))
+
+
+def test_a_word_that_is_not_used_is_not_heard():
+    asked = [read_caption(text) for text in captions("clip", 20)]
+    clean = torch.randn(20, 3, 2, generator=generator())
+
+    def deaf_to_garments(noisy: torch.Tensor, level: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        shift = torch.tensor([float("left" in text) + 2 * float("red" in text) for text in texts])
+        return noisy + shift.view(-1, 1, 1)
+
+    for row in words_heard(deaf_to_garments, clean, asked, (0.5, 1.0)):
+        assert row["garment"] == 0
+        assert row["motion"] != 0 != row["colour"]
+
+    def said(texts: list[str]) -> torch.Tensor:
+        return torch.tensor([float("left" in text) for text in texts]).view(-1, 1, 1)
+
+    shown = said([str(clip) for clip in asked]).expand(20, 3, 2)
+    hears_left = lambda noisy, level, texts: (noisy - said(texts)) / level.view(-1, 1, 1)  # noqa: E731
+    (row,) = words_heard(hears_left, shown, asked, (0.5,))
+    assert row["loss"] < 1e-10
+    wrong = [str(exchanged(clip, generator())["motion"]) for clip in asked]
+    assert all(one != str(clip) for one, clip in zip(wrong, asked, strict=True))
+    assert row["motion"] > 0.1 and max(row["garment"], row["colour"]) < 1e-10
+
+
+def test_fashion_flux_hears_colours_and_places():
+    (row,) = listen("fashion-flux", samples=12, levels=(0.9,), threads=1)
+    assert row["colour"] > 0.02 and row["place"] > 0.02 and 0 < row["loss"] < 1
+
+
+def test_listening_wants_a_pipeline_of_the_world():
+    with pytest.raises(DitaError, match="scenes or clips"):
+        listen("fashion-dit")
 
 
 def test_the_target_is_the_velocity_from_clean_to_noise():
