@@ -140,6 +140,18 @@ def test_listed_schedulers_refuse_what_they_cannot_run() -> None:
         listed_scheduler(DDIMScheduler(), missing)
 
 
+def test_a_predictor_with_timesteps_of_its_own_is_refused() -> None:
+    scheduler = UniPCMultistepScheduler(solver_p=DDIMScheduler())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(dita.DitaError, match="DDIMScheduler predict"):
+        listed_scheduler(scheduler, Points((999.0, 500.0), (9.0, 1.0)))
+    pipe = TINY["dit"].build()
+    pipe.scheduler = scheduler
+    before = snapshot(pipe)
+    with pytest.raises(dita.DitaError, match="Leave solver_p out"):
+        dita.accelerate_pipeline(pipe, OptimalSteps(choice="even"))
+    assert_same_snapshot(before, snapshot(pipe))
+
+
 def test_a_list_never_leads_back_to_noise() -> None:
     """UniPC's end is then the last sigma of its own run, which a list passes long before."""
     scheduler = UniPCMultistepScheduler(**FLOW, final_sigmas_type="sigma_min")  # pyright: ignore

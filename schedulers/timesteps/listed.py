@@ -29,7 +29,7 @@ from diffusers import (
 )
 
 from dita.errors import DitaError
-from dita.schedulers.timesteps.schedule import Points, arguments_of, steps_asked, stride
+from dita.schedulers.timesteps.schedule import Points, arguments_of, check_predictor, steps_asked, stride
 
 __all__ = [
     "ListedDDIMScheduler",
@@ -230,7 +230,8 @@ def listed_scheduler(scheduler: Any, points: Points) -> Any:
         one of the classes above.
 
     Raises:
-        DitaError: the scheduler is another, or the points are not those of such a scheduler.
+        DitaError: the scheduler is another, or lets another predict (`solver_p`), or the points are not those of its
+            kind.
 
     Example:
         >>> listed = listed_scheduler(DDIMScheduler(), Points((999, 400, 50)))
@@ -242,6 +243,7 @@ def listed_scheduler(scheduler: Any, points: Points) -> Any:
             f"expected the timesteps to run, got {type(points).__name__}: `table.points(steps)` of optimal-steps for a "
             "number of steps that it chose for, or `table.listed` of autodiffusion"
         )
+    check_predictor("a list of timesteps", scheduler)
     lists = {"listed_timesteps": [int(entry) for entry in points.timesteps], "listed_sigmas": list(points.sigmas)}
     for kind in _KINDS:
         if isinstance(scheduler, kind.__bases__[0]):

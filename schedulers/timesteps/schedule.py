@@ -138,10 +138,21 @@ def check_scheduler(method: str, scheduler: Any) -> None:
     noisy = _RANDOM.search(name) or config.get("stochastic_sampling") or "sde" in str(config.get("algorithm_type"))
     if noisy:
         raise DitaError(f"{method} needs a scheduler without noise of its own; {name} adds some at each step")
+    check_predictor(method, scheduler)
     if not strided(scheduler) and not (hasattr(scheduler, "sigmas") and hasattr(scheduler, "step_index")):
         raise DitaError(
             f"{method} does not know where {name} keeps its timesteps; expected {', '.join(STRIDED)} or a scheduler "
             "with sigmas and a step_index, such as FlowMatchEulerDiscreteScheduler"
+        )
+
+
+def check_predictor(method: str, scheduler: Any) -> None:
+    """Raise `DitaError` where a UniPC lets another scheduler predict, which keeps timesteps of its own."""
+    predictor = getattr(scheduler, "solver_p", None)
+    if predictor is not None:
+        raise DitaError(
+            f"{method} needs a scheduler that steps by itself; {type(scheduler).__name__} lets "
+            f"{type(predictor).__name__} predict (solver_p), which keeps timesteps of its own. Leave solver_p out"
         )
 
 
