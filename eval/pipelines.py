@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _MODELS = Path(__file__).resolve().parent / "models"
 BUNDLED: dict[str, Path] = {name: _MODELS / name for name in ("fashion-dit", "fashion-flux", "fashion-wan")}
 _WEIGHTS = ("*.safetensors", "*.bin", "*.json")
+_MODEL = ("model_index.json", "config.json")  # of the JSON files beside them: the others tell of the model
 _WHOLE = 64 * 2**20  # bytes up to which a file is read whole for its fingerprint
 _PIECE = 2**20
 
@@ -122,6 +123,7 @@ def quiet() -> Iterator[None]:
 def fingerprint(folder: str | Path) -> str:
     """Digest of the weights and configurations below a folder: 16 hex digits that change when any of them does.
 
+    What stands in the folder itself to tell of the model (how it was trained, what it scored) does not count.
     Of files above 64 MiB sixteen pieces of 1 MiB and the size are read, so that large models cost no minutes.
 
     Example:
@@ -131,6 +133,8 @@ def fingerprint(folder: str | Path) -> str:
     folder = Path(folder)
     digest = hashlib.sha256()
     for path in sorted({path for pattern in _WEIGHTS for path in folder.rglob(pattern)}):
+        if path.parent == folder and path.suffix == ".json" and path.name not in _MODEL:
+            continue
         size = path.stat().st_size
         digest.update(json.dumps([path.relative_to(folder).as_posix(), size]).encode())
         with path.open("rb") as file:

@@ -54,7 +54,12 @@ def test_fingerprint_follows_the_weights(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"1")
     first = fingerprint(tmp_path)
     (tmp_path / "README.md").write_text("words do not count")
+    (tmp_path / "quality.json").write_text('{"nor": "what it scored"}')
     assert fingerprint(tmp_path) == first
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "quality.json").write_text("{}")
+    assert fingerprint(tmp_path) != first
+    first = fingerprint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"2")
     assert fingerprint(tmp_path) != first
 
