@@ -89,9 +89,10 @@ def latents(clips: Sequence[Clip], renderer: Renderer, generator: torch.Generato
 def velocity(pipe: Any, noisy: torch.Tensor, level: torch.Tensor, texts: list[str]) -> torch.Tensor:
     """Velocity, shaped as `noisy`, that a pipeline predicts at noise level [B]."""
     words, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=LENGTH)
-    return pipe.transformer(hidden_states=noisy, timestep=1000 * level, encoder_hidden_states=words, return_dict=False)[
-        0
-    ]
+    (predicted,) = pipe.transformer(
+        hidden_states=noisy, timestep=1000 * level, encoder_hidden_states=words, return_dict=False
+    )
+    return predicted
 
 
 class WanTraining(FlowTraining):

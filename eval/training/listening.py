@@ -118,8 +118,8 @@ def listen(
         DitaError: the pipeline draws neither scenes nor clips.
 
     Example:
-        >>> listen("fashion-wan", levels=(0.98,))[0]["motion"]  # doctest: +SKIP
-        0.14
+        >>> round(listen("fashion-flux", samples=48, levels=(0.95,))[0]["place"], 2)  # doctest: +SKIP
+        0.46
     """
     folder = pipeline_folder(model)
     kind = task_of(folder).judge
