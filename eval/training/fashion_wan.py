@@ -121,12 +121,16 @@ class WanTraining(FlowTraining):
     def load(self, folder: Path) -> WanPipeline:
         return WanPipeline.from_pretrained(folder, local_files_only=True)
 
+    def batch(self, shape: Shape, renderer: Renderer, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
+        """Draw latents [batch, 3, frames, side, side] and their captions."""
+        clips = [random_clip(generator) for _ in range(shape.batch)]
+        return latents(clips, renderer, generator, shape), [str(clip) for clip in clips]
+
     def loss(self, progress: float) -> tuple[torch.Tensor, int]:
         generator = self.generator
         shapes = [shapes for start, shapes in STAGES if progress >= start][-1]
         shape = shapes[self.step % len(shapes)]
-        clips = [random_clip(generator) for _ in range(shape.batch)]
-        clean, texts = latents(clips, self.renderer, generator, shape), [str(clip) for clip in clips]
+        clean, texts = self.batch(shape, self.renderer, generator)
         dropped = (torch.rand(shape.batch, generator=generator) < _DROPPED).tolist()
         texts = ["" if drop else text for drop, text in zip(dropped, texts, strict=True)]
         level, noise = two_noise_levels(shape.batch, generator, _SHIFTS), torch.randn(clean.shape, generator=generator)
@@ -136,8 +140,7 @@ class WanTraining(FlowTraining):
     @torch.no_grad()
     def held_out(self) -> float:
         generator = torch.Generator().manual_seed(0)
-        clips = [random_clip(generator) for _ in range(16)]
-        clean, texts = latents(clips, self.unseen, generator, Shape(4, SIDE, 16)), [str(clip) for clip in clips]
+        clean, texts = self.batch(Shape(4, SIDE, 16), self.unseen, generator)
         level, noise = noise_levels(16, generator, _SHIFT), torch.randn(clean.shape, generator=generator)
         noisy = torch.lerp(clean, noise, level.view(-1, 1, 1, 1, 1))
         with self.averaged():
