@@ -45,7 +45,7 @@ def closest(sweep: str) -> str:
 
     Example:
         >>> closest("fashion-wan").splitlines()[2].split(" | ")[1:4]
-        ['dita', 'interval=4 warmup=5', '3.23']
+        ['peer', 'threshold=0.24 max_skip=6 retention=0.1', '4.28']
     """
     best = best_at(newest(sweep))
     rows = sorted((row for row in best.values() if row), key=lambda row: -row["speedup"])

@@ -23,7 +23,6 @@ MEASURED = ("table", "ratios", "weights")  # found on the pipeline, not chosen
 KINDS: dict[str, Any] = {peer.name: peer for peer in peers()}
 AWAITED = {
     "fashion-dit-loop-more": 1,
-    "fashion-wan-semantic": 3,
 }
 """By file: how many of its settings may have no row yet."""
 
