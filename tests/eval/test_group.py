@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from dita.cli import app
 from dita.errors import DitaError
 from dita.eval.bench import Bench
 from dita.eval.group import Group, join_group
@@ -23,21 +25,29 @@ TIMES = {
 
 
 def sweep(folder: Path, out: Path, processes: int) -> list[dict]:
-    # With --cpu it would start one process, or want MPI; what --multi_gpu starts does not need a GPU.
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launch += ["--main_process_port", "0"]
-    asked = ["--model", str(folder), "--samples", "7", "--batch", "2", "--steps", "4", "--threads", "1"]
+    asked = ["sweep", "--model", str(folder), "--samples", "7", "--batch", "2", "--steps", "4", "--threads", "1"]
     asked += ["-m", "fewer steps,taylorseer", "--quick", "--out", str(out)]
+    printed = in_this_process(asked) if processes == 1 else launched(asked, processes)
+    assert printed.count("wrote ") == 1
+    return read_rows(out / "results.jsonl")
+
+
+def in_this_process(asked: list[str]) -> str:
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.output[-3000:]
+    return done.stdout
+
+
+def launched(asked: list[str], processes: int) -> str:
+    # With --cpu it would start one process, or want MPI; what --multi_gpu starts does not need a GPU.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*launch, "-m", "dita", "sweep", *asked], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [*launch, "-m", "dita", *asked], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("wrote ") == 1
-    return read_rows(out / "results.jsonl")
+    return done.stdout
 
 
 def test_two_processes_give_the_numbers_of_one(tiny_folder, tmp_path):
