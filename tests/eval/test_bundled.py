@@ -37,8 +37,7 @@ def test_files(name):
 def test_it_draws_what_its_judge_can_read(name):
     pipe: Any = load_pipeline(name)
     task = task_of(BUNDLED[name])
-    short, count = ({"num_frames": 4}, 2) if task.judge == "clip" else ({}, 4)
-    steps = 4 if short else 8
+    short, count, steps = ({"num_frames": 4}, 2, 4) if task.judge == "clip" else ({}, 4, 8)
     sampling = Sampling(count, count, steps, task.guidance, 0, task.prompts(count), {**task.call, **short})
     check_pipeline(pipe, sampling)
     drawn = draw(pipe, sampling, range(count))
