@@ -107,14 +107,14 @@ def inside(sweep: str = "fashion-wan-attention", cache: str = "freqca") -> str:
 
     Example:
         >>> inside().splitlines()[4].split(" | ")[1:6]
-        ['adjacent=0.5', '0.70', '76%', '0.79', '31.0']
+        ['density=0.4', '0.58', '75%', '1.00', '32.7']
     """
     rows = [row for row in newest(sweep) if row["method"] not in ("plain", "data") and not row.get("error")]
     both = [row for row in rows if row["method"].endswith(f" + {cache}")]
     alone = [row for row in rows if row["method"] in (cache, "fewer steps")]
     own = sorted((row for row in rows if row not in both and row not in alone), key=lambda row: -row["psnr"])
     cells = []
-    for row in (*own, *sorted(alone, key=lambda row: row["method"] == cache)):
+    for row in (*own, *sorted(alone, key=lambda row: (row["method"] == cache, -row["psnr"]))):
         settings = None if row in alone else _given(row["config"]["settings"])
         beside = [o for o in both if settings and _given(o["config"]["settings"].get(row["method"], {})) == settings]
         line = [row["method"], setting_of(row), f"{row['density']:.2f}" if row.get("density") else ""]

@@ -203,6 +203,11 @@ def test_sla_training_lowers_the_error_and_changes_nothing_of_the_model(tmp_path
     # Only whether the diagonal is among the best blocks differs.
     assert dita.report(pipe).last.density == pytest.approx(density, abs=0.03)
     assert set(load_projections(file, 4)) == {0, 1, 2, 3}
+    other = TINY["hunyuan"].build()
+    with pytest.raises(DitaError, match=r"were trained on WanTransformer3DModel:\w+, not on HunyuanVideo"):
+        dita.accelerate_pipeline(other, trained)
+    with pytest.raises(DitaError, match="were trained on WanTransformer3DModel"):
+        measure_sla(other, call, trained)
 
 
 def test_sla_refuses_other_weights(tmp_path: Path) -> None:

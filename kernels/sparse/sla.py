@@ -31,6 +31,7 @@ from dita.anatomy import Anatomy
 from dita.config import check_number, check_whole
 from dita.errors import DitaError
 from dita.files import read_tensors
+from dita.fingerprint import fingerprint
 from dita.kernels.plan import BlockPlan
 from dita.kernels.pooled_scores import pooled_topk
 from dita.kernels.sparse.base import SparseMethod
@@ -112,22 +113,26 @@ class SparseLinear(Policy):
         return (out.float() + added).to(out.dtype)
 
 
-def load_projections(path: str | Path, layers: int | None = None) -> dict[int, Projection]:
+def load_projections(path: str | Path, layers: int | None = None, model: str = "") -> dict[int, Projection]:
     """Read what `dita.kernels.sparse.sla_training.save_projections` wrote.
 
     Args:
         path: a safetensors file with "weight" [L, D, D] and "bias" [L, D].
         layers: L, how many there must be; None for any number.
+        model: fingerprint of the transformer that they are for; "" for any. A file that names none fits any.
 
     Raises:
-        DitaError: no such file, or not for so many layers.
+        DitaError: no such file, trained on another model, or not for so many layers.
 
     Example:
         >>> load_projections("sla.safetensors", 30)  # doctest: +SKIP
     """
-    tensors, _ = read_tensors(path, "SLA's projections", "train_sla")
+    tensors, texts = read_tensors(path, "SLA's projections", "train_sla")
     if not {"weight", "bias"} <= tensors.keys():
         raise DitaError(f"cannot read SLA's projections {path}: it holds {', '.join(tensors)}; train_sla writes it")
+    trained_on = texts.get("model", "")
+    if model and trained_on not in ("", model):
+        raise DitaError(f"the projections in {path} were trained on {trained_on}, not on {model}: train others")
     weight, bias = tensors["weight"].float(), tensors["bias"].float()
     count = len(weight) if layers is None else layers
     if bias.ndim != 2 or weight.shape != (count, bias.shape[1], bias.shape[1]) or len(bias) != count:
@@ -181,7 +186,9 @@ class SLA(SparseMethod):
 
     def policy(self, anatomy: Anatomy) -> Policy:
         """See `SparseMethod.policy`."""
-        projections = load_projections(self.weights, len(anatomy.attention_sites)) if self.weights else {}
+        projections: dict[int, Projection] = {}
+        if self.weights:
+            projections = load_projections(self.weights, len(anatomy.attention_sites), fingerprint(anatomy.model))
         return SparseLinear(self.density, self.block, projections)
 
     @classmethod

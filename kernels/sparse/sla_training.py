@@ -24,6 +24,7 @@ import torch
 
 from dita.anatomy import Anatomy
 from dita.errors import DitaError
+from dita.fingerprint import fingerprint
 from dita.kernels.block_sparse import block_sparse_attention
 from dita.kernels.guards import steps_of
 from dita.kernels.plan import BlockPlan
@@ -187,8 +188,8 @@ def train_sla(
     Example:
         >>> sla = train_sla(pipe, lambda p: p("a prompt"), SLA(density=0.1), "sla.safetensors")  # doctest: +SKIP
     """
-    training = _run(pipe, call, method, Training(rate=rate), runs, seed)
-    save_projections(training.projections, save)
+    training, model = _run(pipe, call, method, Training(rate=rate), runs, seed)
+    save_projections(training.projections, save, model)
     return replace(method, weights=str(save))
 
 
@@ -203,17 +204,21 @@ def measure_sla(pipe: Any, call: Callable[[Any], Any], method: SLA, runs: int = 
     Example:
         >>> measure_sla(pipe, lambda p: p("a prompt"), SLA(density=0.1))  # doctest: +SKIP
     """
-    return fmean(_run(pipe, call, method, Training(rate=0.0), runs, seed).errors)
+    training, _ = _run(pipe, call, method, Training(rate=0.0), runs, seed)
+    return fmean(training.errors)
 
 
-def _run(pipe: Any, call: Callable[[Any], Any], method: SLA, training: Training, runs: int, seed: int) -> Training:
+def _run(
+    pipe: Any, call: Callable[[Any], Any], method: SLA, training: Training, runs: int, seed: int
+) -> tuple[Training, str]:
     from dita.session import accelerated, transformers_of
 
     models = list(transformers_of(pipe).values())
     if len(models) != 1:
         raise DitaError(f"SLA is trained for one transformer, and {type(pipe).__name__} has {len(models)}")
+    model = fingerprint(models[0])
     if method.weights:
-        training.projections.update(load_projections(method.weights))
+        training.projections.update(load_projections(method.weights, model=model))
     with accelerated(pipe, _Pupil(method=method, training=training)):
         for number in range(runs):
             training.progress = number / runs
@@ -222,11 +227,13 @@ def _run(pipe: Any, call: Callable[[Any], Any], method: SLA, training: Training,
                 call(pipe)
     if not training.errors:
         raise DitaError("the call ran no step that is to be sparse: it must run the sampling loop of the pipeline")
-    return training
+    return training, model
 
 
-def save_projections(projections: dict[int, Projection], path: str | Path) -> None:
+def save_projections(projections: dict[int, Projection], path: str | Path, model: str = "") -> None:
     """Write projections as safetensors: "weight" [L, D, D] and "bias" [L, D], float32, layers in order.
+
+    `model`, the fingerprint of the transformer that they were trained on, goes into the header.
 
     Example:
         >>> import tempfile
@@ -239,4 +246,5 @@ def save_projections(projections: dict[int, Projection], path: str | Path) -> No
 
     weights, biases = zip(*(projections[layer] for layer in sorted(projections)), strict=True)
     tensors = {"weight": torch.stack(weights), "bias": torch.stack(biases)}
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, path, {"model": model})
