@@ -84,6 +84,16 @@ assert all(name in dir(dita) for name in dita.__all__)
     python(program)
 
 
+def test_parts_of_the_harness_load_what_they_need() -> None:
+    program = """
+import sys, dita.eval.peers
+assert not {"diffusers", "cache_dit"} & set(sys.modules), "peers load what they name when they run"
+import dita.eval.metrics
+assert "transformers" not in sys.modules, "only the CLIP score needs it"
+"""
+    python(program)
+
+
 def test_import_starts_nothing() -> None:
     python(f"{_WATCH}\nimport dita\n{_NOTHING_STARTED}")
 
