@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "eval" / "results"
 PIPELINES = ("fashion-dit", "fashion-flux", "fashion-wan")
 LOOPS = {
-    "fashion-dit": ("fashion-dit-loop", "fashion-dit-loop-more", "fashion-dit-loop-100"),
+    "fashion-dit": ("fashion-dit-loop", "fashion-dit-loop-more", "fashion-dit-loop-search", "fashion-dit-loop-100"),
     "fashion-flux": ("fashion-flux-loop", "fashion-flux-loop-60", "fashion-flux-loop-more"),
     "fashion-wan": ("fashion-wan-loop", "fashion-wan-loop-more", "fashion-wan-picard"),
 }
