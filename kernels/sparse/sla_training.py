@@ -44,12 +44,14 @@ class Training:
         progress: share of the training that is done.
         projections: layer -> W [D, D] and b [D]; made at zero when a layer is first seen.
         errors: of every call so far, mean squared difference of the outputs relative to the teacher's mean square.
+        model: fingerprint of the transformer that they learn on.
     """
 
     rate: float = 3e-3
     progress: float = 0.0
     projections: dict[int, Projection] = field(default_factory=dict)
     errors: list[float] = field(default_factory=list)
+    model: str = ""
     _optimizer: torch.optim.Adam | None = None
 
     def of(self, layer: int, like: torch.Tensor) -> None:
@@ -188,8 +190,8 @@ def train_sla(
     Example:
         >>> sla = train_sla(pipe, lambda p: p("a prompt"), SLA(density=0.1), "sla.safetensors")  # doctest: +SKIP
     """
-    training, model = _run(pipe, call, method, Training(rate=rate), runs, seed)
-    save_projections(training.projections, save, model)
+    training = _run(pipe, call, method, Training(rate=rate), runs, seed)
+    save_projections(training.projections, save, training.model)
     return replace(method, weights=str(save))
 
 
@@ -204,21 +206,18 @@ def measure_sla(pipe: Any, call: Callable[[Any], Any], method: SLA, runs: int = 
     Example:
         >>> measure_sla(pipe, lambda p: p("a prompt"), SLA(density=0.1))  # doctest: +SKIP
     """
-    training, _ = _run(pipe, call, method, Training(rate=0.0), runs, seed)
-    return fmean(training.errors)
+    return fmean(_run(pipe, call, method, Training(rate=0.0), runs, seed).errors)
 
 
-def _run(
-    pipe: Any, call: Callable[[Any], Any], method: SLA, training: Training, runs: int, seed: int
-) -> tuple[Training, str]:
+def _run(pipe: Any, call: Callable[[Any], Any], method: SLA, training: Training, runs: int, seed: int) -> Training:
     from dita.session import accelerated, transformers_of
 
     models = list(transformers_of(pipe).values())
     if len(models) != 1:
         raise DitaError(f"SLA is trained for one transformer, and {type(pipe).__name__} has {len(models)}")
-    model = fingerprint(models[0])
+    training.model = fingerprint(models[0])
     if method.weights:
-        training.projections.update(load_projections(method.weights, model=model))
+        training.projections.update(load_projections(method.weights, model=training.model))
     with accelerated(pipe, _Pupil(method=method, training=training)):
         for number in range(runs):
             training.progress = number / runs
@@ -227,7 +226,7 @@ def _run(
                 call(pipe)
     if not training.errors:
         raise DitaError("the call ran no step that is to be sparse: it must run the sampling loop of the pipeline")
-    return training, model
+    return training
 
 
 def save_projections(projections: dict[int, Projection], path: str | Path, model: str = "") -> None:
